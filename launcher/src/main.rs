@@ -1,0 +1,2 @@
+//! The `blockplane` binary.
+fn main() {}

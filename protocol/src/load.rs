@@ -1,0 +1,39 @@
+//! What a worker reports about its load.
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::DpRank;
+
+/// A snapshot of one rank, sent with the KV events and on change.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LoadReport {
+    /// The rank.
+    pub rank: DpRank,
+    /// Blocks in the pool.
+    pub blocks_total: u32,
+    /// Blocks held by running requests.
+    pub blocks_active: u32,
+    /// Blocks that hold reusable KV and are held by nobody.
+    pub blocks_cached: u32,
+    /// Blocks that cannot be reused yet because a peer may still write to them.
+    pub blocks_quarantined: u32,
+    /// Requests being computed.
+    pub requests_running: u32,
+    /// Requests waiting for blocks or for a slot.
+    pub requests_waiting: u32,
+    /// Prompt tokens accepted and not yet computed.
+    pub prefill_tokens_queued: u64,
+    /// Prompt tokens computed since start.
+    pub prefill_tokens_total: u64,
+    /// Prompt tokens found in the cache since start.
+    pub cached_tokens_total: u64,
+    /// Tokens generated since start.
+    pub decode_tokens_total: u64,
+    /// KV bytes received from or sent to other workers since start.
+    pub transfer_bytes_total: u64,
+    /// KV blocks received from or sent to other workers since start.
+    pub transfer_blocks_total: u64,
+    /// Requests preempted for want of blocks since start.
+    pub preemptions_total: u64,
+}
