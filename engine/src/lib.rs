@@ -1,1 +1,19 @@
-//! placeholder
+//! Engines: what computes tokens.
+//!
+//! * [`engine`]: the [`Engine`] trait, the only thing that workers know of an engine, and
+//!   [`RemotePrefill`], the only thing that a decode engine knows of prefill workers.
+//! * [`stream`]: the two ends of a running request.
+//! * [`error`]: why a request is not taken.
+//!
+//! A worker (`launcher`) starts an engine and serves it over RPC. Nothing here knows about RPC,
+//! discovery, HTTP or text: an engine takes token ids and gives token ids.
+
+pub mod engine;
+pub mod error;
+pub mod stream;
+
+pub use engine::{Engine, EngineInfo, Health, RemotePrefill};
+pub use error::{RequestError, StartError, validate};
+pub use stream::{
+    PrefillSender, PrefillTicket, TokenSender, TokenStream, prefill_channel, token_channel,
+};

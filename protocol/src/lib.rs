@@ -7,6 +7,7 @@
 
 pub mod codec;
 pub mod endpoint;
+pub mod handoff;
 pub mod hash;
 pub mod id;
 pub mod kv_event;
@@ -17,6 +18,7 @@ pub mod request;
 pub mod token;
 
 pub use endpoint::{EndpointId, EndpointParseError};
+pub use handoff::{KvTarget, PrefillDone, PrefillJob, PrefillReply, SamplerState};
 pub use hash::{BlockHash, PositionalHash, SaltHash, SequenceHash};
 pub use id::{BlockId, DpRank, LayerIndex, RequestId, WorkerId, WorkerRank};
 pub use kv_event::{KvEvent, KvEventData, StoredBlock, Tier};

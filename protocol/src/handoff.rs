@@ -1,0 +1,90 @@
+//! What a decode worker and a prefill worker tell each other about one request.
+//!
+//! 1. The decode worker allocates blocks for the prompt, opens a transfer window over the ones to
+//!    fill, and sends a [`PrefillJob`] that says where they are.
+//! 2. The prefill worker computes, writes the KV into those blocks, and binds a [`PrefillDone`] to
+//!    the last write, so that it arrives after every byte.
+//! 3. The [`PrefillReply`] on the control connection only reports what was done; the decode worker
+//!    goes on as soon as the `PrefillDone` is there.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    id::{BlockId, RequestId},
+    layout::KvLayout,
+    request::{GenerateRequest, TokenOutput},
+};
+
+/// A prompt to compute, and where its KV shall go.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PrefillJob {
+    /// The request as the decode worker received it, with what is left of its deadline, the seed
+    /// chosen, and `route.rank` naming the rank of the prefill worker.
+    pub request: GenerateRequest,
+    /// Where the KV shall go.
+    pub target: KvTarget,
+}
+
+/// The decode worker's blocks for one prompt.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct KvTarget {
+    /// Metadata of the decode worker's transfer agent, as it encodes itself.
+    pub agent: Bytes,
+    /// The registered region that holds the pool.
+    pub region: u64,
+    /// The grant under which the blocks may be written; also names this attempt in
+    /// [`PrefillDone`].
+    pub window: u64,
+    /// Shape of the pool.
+    pub layout: KvLayout,
+    /// Blocks of the pool.
+    pub pool_blocks: u32,
+    /// Identity of the model whose KV this is; KV of another model is refused.
+    pub model_fingerprint: u64,
+    /// The block of each `layout.block_tokens` tokens of the prompt, the partial last one included.
+    pub block_ids: Vec<BlockId>,
+    /// This many of the first `block_ids` already hold their KV. They may be read and must not be
+    /// written.
+    pub cached_blocks: u32,
+}
+
+/// Bound to the last write: the KV of the whole prompt is in place.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PrefillDone {
+    /// The request.
+    pub request_id: RequestId,
+    /// The attempt: [`KvTarget::window`].
+    pub window: u64,
+    /// The first generated token, with its log-probabilities if asked for.
+    pub first: TokenOutput,
+    /// Where the sampler stands after that token.
+    pub sampler: SamplerState,
+    /// What the prefill worker did.
+    pub reply: PrefillReply,
+}
+
+/// State of a request's random numbers, so that another process can go on where one stopped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SamplerState {
+    /// The request's seed.
+    pub seed: u64,
+    /// Tokens drawn so far.
+    pub draws: u64,
+}
+
+/// What a prefill worker did for a [`PrefillJob`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PrefillReply {
+    /// Prompt tokens it computed.
+    pub computed_tokens: u32,
+    /// Blocks of the prompt it had in its own cache.
+    pub cached_blocks: u32,
+    /// Blocks it read from the decode worker instead of computing them.
+    pub read_blocks: u32,
+    /// Blocks it wrote to the decode worker.
+    pub written_blocks: u32,
+    /// Bytes it wrote to the decode worker.
+    pub written_bytes: u64,
+}
