@@ -7,6 +7,7 @@
 
 pub mod codec;
 pub mod endpoint;
+pub mod feed;
 pub mod handoff;
 pub mod hash;
 pub mod id;
@@ -19,6 +20,7 @@ pub mod token;
 
 pub use endpoint::{EndpointId, EndpointParseError};
 pub use handoff::{KvTarget, PrefillDone, PrefillJob, PrefillReply, SamplerState};
+pub use feed::{FeedItem, FeedRequest, SnapshotBlock};
 pub use hash::{BlockHash, PositionalHash, SaltHash, SequenceHash};
 pub use id::{BlockId, DpRank, LayerIndex, RequestId, WorkerId, WorkerRank};
 pub use kv_event::{KvEvent, KvEventData, StoredBlock, Tier};
