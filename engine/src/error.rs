@@ -244,12 +244,7 @@ fn validate_sampling(sampling: &SamplingParams) -> Result<(), RequestError> {
         s.top_p,
         "more than 0, at most 1",
     )?;
-    check(
-        (0.0..=1.0).contains(&s.min_p),
-        "min_p",
-        s.min_p,
-        "0 to 1",
-    )?;
+    check((0.0..=1.0).contains(&s.min_p), "min_p", s.min_p, "0 to 1")?;
     check(
         s.repetition_penalty > 0.0,
         "repetition_penalty",

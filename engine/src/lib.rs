@@ -2,6 +2,7 @@
 //!
 //! * [`engine`]: the [`Engine`] trait, the only thing that workers know of an engine, and
 //!   [`RemotePrefill`], the only thing that a decode engine knows of prefill workers.
+//! * [`scheduler`]: what to compute next; pure.
 //! * [`stream`]: the two ends of a running request.
 //! * [`error`]: why a request is not taken.
 //!
@@ -10,6 +11,7 @@
 
 pub mod engine;
 pub mod error;
+pub mod scheduler;
 pub mod stream;
 
 pub use engine::{Engine, EngineInfo, Health, RemotePrefill};
