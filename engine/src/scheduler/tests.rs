@@ -554,6 +554,25 @@ fn a_short_remote_prompt_stays_local_and_a_long_one_is_gated() {
 }
 
 #[test]
+fn blocks_that_a_peer_may_write_to_are_not_taken_for_an_older_sequence() {
+    let mut bench = Bench::new(8, config(4));
+    bench.submit(local(4, 24), FOREVER);
+    bench.submit(request(1, 17, 1, 0, 0), FOREVER);
+    while bench.step() > 0 {}
+    // 3 + 5 blocks are held, and the older one needs a fourth: it waits.
+    let [(gated, Gate::RemotePrefill)] = bench.gates[..] else {
+        panic!("one is gated");
+    };
+    assert_eq!(
+        bench.scheduler.sequence(gated).unwrap().block_ids().len(),
+        5
+    );
+    assert_eq!(bench.scheduler.stats().preemptions, 0);
+    bench.resolve_gate(0, true);
+    bench.finish();
+}
+
+#[test]
 fn a_prompt_computed_for_a_peer_stays_in_the_cache_and_in_its_blocks() {
     let mut bench = Bench::new(32, config(4));
     let for_peer = |len| request(1, len, 1, 0, 1);
