@@ -1,1 +1,50 @@
-//! placeholder
+//! The block manager: who holds which KV block, under which name it is found, and when it may be
+//! overwritten.
+//!
+//! A [`BlockPool`] is the G1 tier: the blocks the engine computes on, in one registered
+//! [`KvArena`]. A block's life is a typestate, so that a wrong order does not compile:
+//!
+//! ```text
+//! BlockPool::allocate -> MutableBlock --complete--> CompleteBlock --register--> ImmutableBlock
+//!        ^                    | drop                    | drop                    | last drop
+//!        |                    v                         v                         v
+//!        +--------------- free list <-------------------+            inactive, still found by
+//!        +------- evicted, oldest first, as soon as room is needed --- its sequence hash
+//! ```
+//!
+//! Depend on this crate to run a model on blocks (engine), to move blocks between tiers, or to
+//! publish what a cache holds. A router only needs the events, which are `blockplane-protocol`
+//! types.
+//!
+//! ```
+//! use blockplane_kvbm::{BlockPool, PoolConfig};
+//! use blockplane_protocol::{SaltHash, TokenSequence};
+//!
+//! let pool = BlockPool::accounting(8, PoolConfig::default());
+//! let prompt = TokenSequence::from_tokens(&[1, 2, 3, 4, 5, 6, 7, 8], 4, SaltHash::default());
+//!
+//! let mut parent = None;
+//! let mut held = Vec::new();
+//! for (block, hashes) in pool.allocate(2)?.into_iter().zip(prompt.blocks()) {
+//!     // ... compute the block's keys and values ...
+//!     held.push(block.complete(*hashes, parent).register());
+//!     parent = Some(hashes.sequence);
+//! }
+//! drop(held);
+//!
+//! assert_eq!(pool.match_prefix(prompt.blocks()).len(), 2);
+//! # Ok::<(), blockplane_kvbm::PoolExhausted>(())
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod arena;
+pub mod block;
+pub mod events;
+pub mod evict;
+pub mod pool;
+
+pub use arena::{ArenaError, KvArena};
+pub use block::{CompleteBlock, ImmutableBlock, MutableBlock, Quarantine};
+pub use events::{EventFeed, EventSubscription, KvBatch, KvSnapshot};
+pub use evict::{EvictionPolicy, Lru};
+pub use pool::{BlockPool, PoolConfig, PoolExhausted, PoolStats};
