@@ -292,7 +292,7 @@ impl Cluster {
     ) -> Result<health::Health> {
         let client = self.client();
         wait::until(what, START, || {
-            for (_, member) in &self.members {
+            for (_, member) in self.members.iter().filter(|(_, p)| !p.has_ended()) {
                 let ended = proc_table::entry(member.pid()).is_none_or(|e| e.state == 'Z');
                 if ended {
                     // Not worth waiting for: report it at once, as a success of the wait.
@@ -377,9 +377,15 @@ impl Cluster {
             .with_context(|| format!("process {pid} was not started by the test"))
     }
 
-    /// Forgets a process that has ended or that the test ends on purpose; kills it if it is there.
-    pub fn forget(&mut self, pid: u32) {
-        self.members.retain(|(_, process)| process.pid() != pid);
+    /// Kills a process that the test started, as a crash would end it, and waits for its end.
+    ///
+    /// # Errors
+    /// The test has started none with this id, or it does not end.
+    pub fn kill(&mut self, pid: u32) -> Result<()> {
+        let member = self.member(pid)?;
+        member.signal(Signal::KILL)?;
+        member.wait(STOP)?;
+        Ok(())
     }
 
     /// Waits until no process of the cluster is left.
@@ -398,15 +404,17 @@ impl Cluster {
     }
 
     /// Stops the deployment as a person would, with Ctrl-C to the leader and to the processes started
-    /// by hand, and asserts that everything ends cleanly: status 0, nothing left, no panic.
+    /// by hand (but for those whose end the test has waited for), and asserts that everything ends
+    /// cleanly: status 0, nothing left, no panic.
     ///
     /// # Errors
     /// Any of that does not hold.
     pub fn stop(mut self) -> Result<()> {
-        for (_, process) in &self.members {
+        let running = |process: &Process| !process.has_ended();
+        for (_, process) in self.members.iter().filter(|(_, p)| running(p)) {
             process.signal(Signal::INT)?;
         }
-        for (_, process) in &mut self.members {
+        for (_, process) in self.members.iter_mut().filter(|(_, p)| running(p)) {
             let status = process.wait(STOP)?;
             ensure!(status.success(), "{} ended with {status}", process.name());
         }

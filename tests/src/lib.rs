@@ -7,7 +7,7 @@
 //!   [`client::Outcome`].
 //! * [`health`] is the typed view of `/health`, with the pool counts that show a leak.
 //! * [`fixtures`] finds the binary and the checkpoints; [`prompts`] makes repeatable prompts.
-//! * [`traffic`] sends many requests at once.
+//! * [`requests`] makes request bodies; [`traffic`] sends many requests at once.
 //! * [`wait`] is the only place that polls, always with a deadline.
 //!
 //! Nothing but tests may depend on this crate.
@@ -20,6 +20,7 @@ pub mod health;
 pub mod proc_table;
 pub mod process;
 pub mod prompts;
+pub mod requests;
 pub mod traffic;
 pub mod wait;
 

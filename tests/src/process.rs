@@ -21,6 +21,8 @@ pub struct Process {
     name: String,
     child: Child,
     log: Arc<Log>,
+    /// The test has waited for its end, and so knows about it.
+    ended: bool,
 }
 
 #[derive(Default)]
@@ -64,6 +66,7 @@ impl Process {
             name: name.to_owned(),
             child,
             log,
+            ended: false,
         })
     }
 
@@ -93,13 +96,21 @@ impl Process {
     /// It is still there after `limit`.
     pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
         let name = self.name.clone();
-        wait::until(&format!("the end of {name}"), limit, || {
+        let status = wait::until(&format!("the end of {name}"), limit, || {
             match self.child.try_wait() {
                 Ok(Some(status)) => Ok(status),
                 Ok(None) => Err(format!("{:?}", proc_table::entry(self.pid()))),
                 Err(error) => Err(error.to_string()),
             }
-        })
+        })?;
+        self.ended = true;
+        Ok(status)
+    }
+
+    /// Whether [`Self::wait`] has seen its end.
+    #[must_use]
+    pub const fn has_ended(&self) -> bool {
+        self.ended
     }
 
     /// Everything it wrote so far, standard output and error together, line by line.

@@ -29,9 +29,15 @@ pub fn until<T>(
     }
 }
 
+/// Lets `time` pass, where a fault is that something lasts.
+pub fn pass(time: Duration) {
+    pause(time);
+}
+
 #[expect(
     clippy::disallowed_methods,
-    reason = "the state of another process, seen over HTTP or /proc, gives no event to wait for"
+    reason = "the state of another process, seen over HTTP or /proc, gives no event to wait for; \
+              and the length of a fault is a length of time"
 )]
 fn pause(interval: Duration) {
     std::thread::sleep(interval);

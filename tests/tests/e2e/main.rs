@@ -1,1 +1,10 @@
-//! t
+//! Whole deployments of real processes, from the command line to streamed tokens.
+
+mod bad_checkpoint;
+mod bad_request;
+mod by_hand;
+mod doctor;
+mod equality;
+mod launch;
+mod modes;
+mod up;
