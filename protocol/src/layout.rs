@@ -160,7 +160,7 @@ impl KvLayout {
             .layers
             .max(u32::try_from(named.len()).unwrap_or(u32::MAX))
         {
-            if named.get(layer as usize) != Some(&layer) {
+            if layer >= self.layers || named.get(layer as usize) != Some(&layer) {
                 return Err(LayoutError::Groups {
                     layers: self.layers,
                     layer,
