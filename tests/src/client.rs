@@ -51,13 +51,13 @@ pub enum Outcome {
 pub struct Completion {
     /// The text.
     pub text: String,
-    /// Token ids, when the request asked for them with `return_token_ids`.
-    pub token_ids: Vec<u64>,
+    /// The tokens as `logprobs` of `/v1/completions` spells them, when the request asked for it.
+    pub tokens: Vec<String>,
     /// `stop`, `length`, ...
     pub finish_reason: Option<String>,
     /// `usage`, when it came.
     pub usage: Option<Value>,
-    /// Events with text (1 when not streamed).
+    /// Events with text or tokens (1 when not streamed).
     pub chunks: usize,
 }
 
@@ -358,15 +358,20 @@ impl Completion {
         let text = ["/text", "/message/content", "/delta/content"]
             .iter()
             .find_map(|path| choice.pointer(path)?.as_str());
-        if let Some(text) = text {
-            self.text.push_str(text);
-            self.chunks += usize::from(!text.is_empty());
-        }
-        if let Some(ids) = choice.get("token_ids").and_then(Value::as_array) {
-            self.token_ids.extend(ids.iter().filter_map(Value::as_u64));
-        }
+        let tokens = choice.pointer("/logprobs/tokens").and_then(Value::as_array);
+        let before = (self.text.len(), self.tokens.len());
+        self.text.push_str(text.unwrap_or_default());
+        self.tokens
+            .extend(tokens.into_iter().flatten().map(spelled));
+        self.chunks += usize::from(before != (self.text.len(), self.tokens.len()));
         if let Some(reason) = choice.get("finish_reason").and_then(Value::as_str) {
             self.finish_reason = Some(reason.to_owned());
         }
     }
+}
+
+fn spelled(token: &Value) -> String {
+    token
+        .as_str()
+        .map_or_else(|| token.to_string(), str::to_owned)
 }

@@ -7,7 +7,8 @@ pub const VOCABULARY: u64 = 512;
 /// Longest sequence of the generated checkpoints.
 pub const CONTEXT: u64 = 4096;
 
-/// A `/v1/completions` body: greedy, exactly `max_tokens` tokens, with the token ids in the answer.
+/// A `/v1/completions` body: greedy, exactly `max_tokens` tokens, each spelled out in the
+/// answer.
 #[must_use]
 pub fn completion(model: &str, prompt: &[u64], max_tokens: u32) -> Value {
     json!({
@@ -16,7 +17,7 @@ pub fn completion(model: &str, prompt: &[u64], max_tokens: u32) -> Value {
         "max_tokens": max_tokens,
         "temperature": 0,
         "ignore_eos": true,
-        "return_token_ids": true,
+        "logprobs": 0,
     })
 }
 

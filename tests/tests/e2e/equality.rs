@@ -47,7 +47,7 @@ fn disaggregated_equals_aggregated_token_for_token() -> Result<()> {
             let disaggregated = run(name, &arguments, 8, &bodies)?;
             for (index, (one, other)) in aggregated.iter().zip(&disaggregated).enumerate() {
                 ensure!(
-                    one.token_ids == other.token_ids && one.text == other.text,
+                    one.tokens == other.tokens && one.text == other.text,
                     "{name} over {lane}, prompt {index} {:?}: {one:?} and {other:?}",
                     prompts[index]
                 );
@@ -71,7 +71,7 @@ fn run(
     let start = health::wait_idle(&client, LIMIT)?;
     let completions = all_done(send_all(&client, clients, bodies)?)?;
     for completion in &completions {
-        ensure!(completion.token_ids.len() == 12, "{completion:?}");
+        ensure!(completion.tokens.len() == 12, "{completion:?}");
     }
     let end = health::wait_idle(&client, LIMIT)?;
     ensure!(start == end, "the pools were {start:?} and are {end:?}");

@@ -63,7 +63,7 @@ fn two_nodes_of_one_file_make_one_deployment() -> Result<()> {
         .client()
         .run("/v1/completions", &body, LIMIT)
         .done()?;
-    ensure!(completion.token_ids.len() == 8, "{completion:?}");
+    ensure!(completion.tokens.len() == 8, "{completion:?}");
     cluster.stop()
 }
 

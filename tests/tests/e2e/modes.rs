@@ -77,7 +77,7 @@ fn all_modes_serve_the_same_tokens() -> Result<()> {
         {
             ensure!(whole.text == stream.text, "{mode}: {whole:?} {stream:?}");
             ensure!(
-                whole.token_ids == stream.token_ids,
+                whole.tokens == stream.tokens,
                 "{mode}: {whole:?} {stream:?}"
             );
             ensure!(stream.usage.is_some(), "{mode}: a stream without its usage");

@@ -60,7 +60,7 @@ fn a_stop_with_requests_running_lets_them_finish() -> Result<()> {
     });
     signalled?;
     let completion = outcome.done()?;
-    ensure!(completion.token_ids.len() == 64, "{completion:?}");
+    ensure!(completion.tokens.len() == 64, "{completion:?}");
     let status = cluster.leader()?.wait(STOP)?;
     ensure!(status.success(), "up ended with {status}");
     cluster.stop()
@@ -114,7 +114,7 @@ fn a_killed_role_is_started_again_with_back_off() -> Result<()> {
             health.count("prefill") == 1 && health.count("decode") == 1
         })?;
         let after = client.run("/v1/completions", &body, LIMIT).done()?;
-        ensure!(after.token_ids == before.token_ids, "{before:?} {after:?}");
+        ensure!(after.tokens == before.tokens, "{before:?} {after:?}");
     }
     cluster.stop()
 }

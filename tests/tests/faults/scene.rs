@@ -202,10 +202,10 @@ impl Ends {
         let count = self.0.len();
         let mut served = 0;
         for (index, outcome) in self.0.into_iter().enumerate() {
-            let expected = &reference[index].token_ids;
+            let expected = &reference[index].tokens;
             match outcome {
                 Outcome::Done(completion) => {
-                    let got = &completion.token_ids;
+                    let got = &completion.tokens;
                     ensure!(
                         got == expected,
                         "stream {index} gave {got:?}, expected {expected:?}"
@@ -214,7 +214,7 @@ impl Ends {
                 }
                 Outcome::Failed { error, so_far } => {
                     eprintln!("stream {index} failed: {error:?}");
-                    let got = &so_far.token_ids;
+                    let got = &so_far.tokens;
                     ensure!(
                         expected.starts_with(got),
                         "stream {index} gave {got:?} of {expected:?}"

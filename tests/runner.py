@@ -1,0 +1,459 @@
+"""Runs the tests, in groups, and ends with one line: N passed, N failed, N skipped.
+
+    tests/run                 unit, e2e, faults, python
+    tests/run GROUP...        these groups
+    tests/run --list          the groups
+
+Everything is built once, in the release profile (docs/adr/0005-tests-run-in-release.md), by one cargo
+command over the whole workspace: selecting packages would change the features of shared dependencies
+and build them again. The test executables are then run directly. cargo-nextest is not used: it would
+have to be built first on a bare machine, and the groups that take long wait for processes, which
+running several tests at a time inside one executable does as well.
+
+While cargo compiles, pip downloads: the Python environment goes to .cache/venv, the checkpoints that
+are not committed are made in .cache/fixtures. Both are kept and only made again when what they are
+made from has changed.
+
+BLOCKPLANE_FIXTURES is set for all tests; BLOCKPLANE_BIN and BLOCKPLANE_URL (a running deployment) for
+the Python ones.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import uuid
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache"
+VENV = CACHE / "venv"
+FIXTURES = CACHE / "fixtures"
+MAKE_FIXTURES = ROOT / "tests/fixtures/make_fixtures.py"
+REQUIREMENTS = ROOT / "tests/requirements.txt"
+
+GROUPS = {
+    "unit": "every crate's own tests, the doc tests, and the shape of the repository",
+    "e2e": "whole deployments of real processes",
+    "faults": "processes killed, stopped and cut off while requests run",
+    "python": "the OpenAI client against a running deployment",
+}
+# Named in the plan of the project; this version has nothing to run there.
+PLANNED = {
+    "hosts": "several hosts, as network namespaces",
+    "rdma": "Soft-RoCE in a virtual machine",
+    "vllm": "a real vLLM behind blockplane",
+    "web": "the web interface",
+    "gpu": "CUDA devices",
+}
+# Test targets that are groups of their own; every other target is `unit`.
+OWN_GROUP = {"e2e": "e2e", "faults": "faults"}
+# Tests at a time. They start several processes each and mostly wait, so a little more than the cores
+# of a small machine; faults have deadlines to keep, so one per two cores.
+CORES = os.cpu_count() or 1
+THREADS = {"e2e": max(2, CORES // 2), "faults": max(1, CORES // 2)}
+# Longest time of one test executable, in seconds. A hang is a failure, not a wait.
+LIMIT_S = {"unit": 600, "e2e": 900, "faults": 900}
+# Every process that a test starts inherits it, so that none is left behind whatever happened.
+MARK = f"BLOCKPLANE_TEST_RUN={uuid.uuid4()}"
+
+
+@dataclasses.dataclass
+class Tally:
+    """Tests counted over all runners."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    failures: list = dataclasses.field(default_factory=list)
+
+    def add(self, passed=0, failed=0, skipped=0):
+        self.passed += passed
+        self.failed += failed
+        self.skipped += skipped
+
+    def fail(self, what):
+        self.failed += 1
+        self.failures.append(what)
+
+    def line(self):
+        return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="tests/run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__.splitlines()[0],
+        epilog="groups:\n"
+        + "".join(f"  {name:8} {text}\n" for name, text in GROUPS.items())
+        + "planned, without tests in this version:\n"
+        + "".join(f"  {name:8} {text}\n" for name, text in PLANNED.items()),
+    )
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help="default: all that have tests")
+    parser.add_argument("--list", action="store_true", help="list the groups and stop")
+    arguments = parser.parse_args()
+    if arguments.list:
+        print("\n".join(GROUPS))
+        return 0
+    unknown = [name for name in arguments.groups if name not in GROUPS and name not in PLANNED]
+    if unknown:
+        known = ", ".join([*GROUPS, *PLANNED])
+        parser.error(f"unknown group {', '.join(unknown)}; known: {known}")
+    wanted = arguments.groups or list(GROUPS)
+    for name in wanted:
+        if name in PLANNED:
+            print(f"{name}: this version has no such tests ({PLANNED[name]})")
+    groups = [name for name in GROUPS if name in wanted]
+
+    key, value = MARK.split("=")
+    os.environ[key] = value
+    os.environ["RUST_LIB_BACKTRACE"] = "0"
+    tally = Tally()
+    try:
+        if groups:
+            run_groups(groups, tally)
+    except KeyboardInterrupt:
+        tally.fail("interrupted")
+    finally:
+        sweep()
+    for failure in tally.failures:
+        print(f"FAILED {failure}")
+    print(tally.line(), flush=True)
+    if tally.failed:
+        return 1
+    # Like pytest and nextest: having run nothing is not a success.
+    return 0 if tally.passed or tally.skipped else 4
+
+
+def run_groups(groups, tally):
+    install_tools()
+    python = Background("python environment and fixtures", prepare_python)
+    executables = timed("build", build)
+    python_ready = python.wait()
+    if executables is None:
+        tally.fail("build")
+        return
+    if not python_ready:
+        print(f"no Python environment: {python.reason}")
+        print("tests that need generated checkpoints will fail and say so")
+    os.environ["BLOCKPLANE_FIXTURES"] = str(FIXTURES)
+    os.environ["BLOCKPLANE_BIN"] = str(executables["binary"])
+
+    for group in groups:
+        if group == "python":
+            if python_ready:
+                timed("python", lambda: run_python(executables["binary"], tally))
+            else:
+                print(f"SKIPPED python: {python.reason}")
+                tally.add(skipped=1)
+            continue
+        for name, folder, path in executables[group]:
+            timed(f"{group}: {name}", lambda: run_executable(group, name, folder, path, tally))
+        if group == "unit":
+            timed("unit: doc tests", lambda: run_doc_tests(tally))
+
+
+def install_tools():
+    """System packages that the tests call."""
+    missing = [
+        package
+        for tool, package in (("cc", "gcc"), ("curl", "curl"))
+        if shutil.which(tool) is None
+    ]
+    if subprocess.run([sys.executable, "-c", "import ensurepip"], capture_output=True).returncode:
+        missing.append("python3-venv")
+    if not missing:
+        return
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        print(f"installing {' '.join(missing)}", flush=True)
+        subprocess.run(["apt-get", "update", "-qq"], check=False)
+        subprocess.run(["apt-get", "install", "-y", "-qq", *missing], check=False)
+    else:
+        print(f"not installed, and this user cannot install it: {' '.join(missing)}")
+
+
+class Background:
+    """Work beside the build. Its output is shown when it is waited for."""
+
+    def __init__(self, name, work):
+        self.name = name
+        self.reason = ""
+        self.log = []
+        self.began = time.monotonic()
+        self.seconds = 0.0
+        self.thread = threading.Thread(target=self.run, args=(work,), daemon=True)
+        self.thread.start()
+
+    def run(self, work):
+        try:
+            work(self.log)
+        except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+            self.reason = str(error)
+        self.seconds = time.monotonic() - self.began
+
+    def wait(self):
+        self.thread.join()
+        for line in self.log:
+            print(line)
+        print(f"-- {self.name}: {self.seconds:.0f} s, beside the build", flush=True)
+        return not self.reason
+
+
+def prepare_python(log):
+    """.cache/venv and .cache/fixtures."""
+    CACHE.mkdir(exist_ok=True)
+    python = VENV / "bin/python"
+    stamp = VENV / "requirements.sha256"
+    wanted = digest(REQUIREMENTS)
+    if not (python.exists() and stamp.exists() and stamp.read_text() == wanted):
+        shutil.rmtree(VENV, ignore_errors=True)
+        quiet([sys.executable, "-m", "venv", str(VENV)], log)
+        uv = shutil.which("uv")
+        if uv is None:
+            # A sixth of pip's time for an environment of several GB, for one small wheel.
+            quiet([str(python), "-m", "pip", "install", "-q", "uv"], log)
+            uv = str(VENV / "bin/uv")
+        install = [uv, "pip", "install", "-q", "--python", str(python), "-r", str(REQUIREMENTS)]
+        quiet(install, log)
+        stamp.write_text(wanted)
+    make_fixtures(python, log)
+
+
+def make_fixtures(python, log):
+    """The checkpoints that are not committed."""
+    if not MAKE_FIXTURES.exists():
+        raise RuntimeError(f"{MAKE_FIXTURES} is missing")
+    stamp = FIXTURES / "made-from.sha256"
+    wanted = digest(MAKE_FIXTURES, REQUIREMENTS)
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    shutil.rmtree(FIXTURES, ignore_errors=True)
+    FIXTURES.mkdir(parents=True)
+    committed = MAKE_FIXTURES.parent
+    code = "import make_fixtures; print(*make_fixtures.FIXTURES)"
+    names = subprocess.run(
+        [str(python), "-c", code], cwd=committed, capture_output=True, text=True, check=True
+    ).stdout.split()
+    # Readers look in one folder only.
+    for name in names:
+        if (committed / name / "config.json").exists():
+            (FIXTURES / name).symlink_to(committed / name)
+    missing = [name for name in names if not (FIXTURES / name).exists()]
+    if missing:
+        quiet([str(python), str(MAKE_FIXTURES), str(FIXTURES), *missing], log)
+    stamp.write_text(wanted)
+
+
+def quiet(command, log):
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    if result.returncode:
+        output = (result.stdout + result.stderr).strip().splitlines()
+        log.extend(output[-30:])
+        last = output[-1] if output else f"status {result.returncode}"
+        raise RuntimeError(f"{' '.join(command[:6])} ...: {last}")
+    log.extend(line for line in result.stdout.splitlines() if line.strip())
+
+
+def build():
+    """Builds everything that any group runs and says where it is; None when it does not build."""
+    command = ["cargo", "build", "--release", "--workspace", "--lib", "--bins", "--tests"]
+    command += ["--message-format", "json-render-diagnostics"]
+    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode:
+        return None
+    found = {"unit": [], "e2e": [], "faults": [], "binary": None}
+    for line in result.stdout.splitlines():
+        message = json.loads(line)
+        path = message.get("executable")
+        if message.get("reason") != "compiler-artifact" or not path:
+            continue
+        target = message["target"]
+        folder = pathlib.Path(message["manifest_path"]).parent
+        if message["profile"]["test"]:
+            group = OWN_GROUP.get(target["name"], "unit")
+            kind = "" if target["kind"] == ["lib"] else f" {target['name']}"
+            found[group].append((f"{folder.name}{kind}", folder, path))
+        elif target["kind"] == ["bin"] and target["name"] == "blockplane":
+            found["binary"] = pathlib.Path(path)
+    if found["binary"] is None:
+        raise RuntimeError("cargo built no binary called blockplane")
+    for group in OWN_GROUP.values():
+        if not found[group]:
+            raise RuntimeError(f"cargo built no test target called {group}")
+    found["unit"].sort(key=lambda item: item[0])
+    return found
+
+
+def run_executable(group, name, folder, path, tally):
+    """A test executable of Rust's own harness."""
+    command = [path, "--quiet"]
+    if group in THREADS:
+        command = [path, "--test-threads", str(THREADS[group])]
+    code, output = stream(command, folder, LIMIT_S[group])
+    count_rust(f"{group}: {name}", code, output, tally)
+
+
+def run_doc_tests(tally):
+    command = ["cargo", "test", "--release", "--workspace", "--doc", "--quiet"]
+    code, output = stream(command, ROOT, LIMIT_S["unit"])
+    count_rust("unit: doc tests", code, output, tally)
+
+
+RUST_RESULT = re.compile(
+    r"^test result: \w+\. (\d+) passed; (\d+) failed; (\d+) ignored", re.MULTILINE
+)
+
+
+def count_rust(name, code, output, tally):
+    results = RUST_RESULT.findall(output)
+    failed = sum(int(result[1]) for result in results)
+    tally.add(
+        passed=sum(int(result[0]) for result in results),
+        failed=failed,
+        skipped=sum(int(result[2]) for result in results),
+    )
+    if failed:
+        names = re.findall(r"^    (\S+)$", output.split("\nfailures:\n")[-1], re.MULTILINE)
+        tally.failures.append(f"{name}: {' '.join(names)}")
+    elif code or not results:
+        # It did not get as far as a summary: crashed, killed, or out of time.
+        tally.fail(f"{name}: ended with status {code}")
+
+
+def run_python(binary, tally):
+    """Starts a deployment and runs the Python tests against it."""
+    log_path = CACHE / "python-deployment.log"
+    with log_path.open("w") as log:
+        deployment = subprocess.Popen(
+            [str(binary), "up", "--http-port", "0", "--threads", "1"],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=ROOT,
+        )
+        try:
+            url = first_url(deployment, log)
+            if url is None:
+                print(log_path.read_text())
+                tally.fail("python: the deployment did not come up")
+                return
+            environment = dict(os.environ, BLOCKPLANE_URL=url)
+            command = [str(VENV / "bin/python"), "-m", "pytest", "-q", "-ra", "tests/python"]
+            command += ["-p", "no:cacheprovider"]
+            code, output = stream(command, ROOT, 300, environment)
+            count_pytest(code, output, tally)
+        finally:
+            deployment.send_signal(signal.SIGINT)
+            try:
+                if deployment.wait(30):
+                    tally.fail(f"python: the deployment ended with {deployment.returncode}")
+            except subprocess.TimeoutExpired:
+                deployment.kill()
+                tally.fail("python: the deployment did not stop")
+
+
+def first_url(deployment, log):
+    """Where it listens, from what it prints; None when it ends or takes too long."""
+    found = []
+
+    def read():
+        for line in deployment.stdout:
+            log.write(line)
+            match = re.search(r"listening on (http://\S+?),", line)
+            if match:
+                found.append(match[1])
+
+    threading.Thread(target=read, daemon=True).start()
+    end = time.monotonic() + 60
+    while not found and time.monotonic() < end and deployment.poll() is None:
+        time.sleep(0.05)
+    if not found:
+        return None
+    with urllib.request.urlopen(f"{found[0]}/health", timeout=10) as answer:
+        answer.read()
+    return found[0]
+
+
+def count_pytest(code, output, tally):
+    counts = dict.fromkeys(("passed", "failed", "skipped", "error", "errors"), 0)
+    summary = output.strip().splitlines()[-1] if output.strip() else ""
+    for number, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", summary):
+        counts[what] += int(number)
+    failed = counts["failed"] + counts["error"] + counts["errors"]
+    tally.add(counts["passed"], failed, counts["skipped"])
+    tally.failures += re.findall(r"^(?:FAILED|ERROR) (.*)$", output, re.MULTILINE)
+    # 5: nothing collected.
+    if code and not failed:
+        tally.fail(f"python: pytest ended with status {code}")
+
+
+def stream(command, folder, limit_s, environment=None):
+    """Runs a command, shows its output as it comes, and returns (status, output)."""
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    late = threading.Timer(limit_s, process.kill)
+    late.start()
+    lines = []
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            sys.stdout.write(line)
+            sys.stdout.flush()
+        code = process.wait()
+    finally:
+        if not late.is_alive():
+            print(f"killed: {command[0]} took longer than {limit_s} s")
+        late.cancel()
+        process.kill()
+    return code, "".join(lines)
+
+
+def timed(name, work):
+    print(f"== {name}", flush=True)
+    began = time.monotonic()
+    result = work()
+    print(f"-- {name}: {time.monotonic() - began:.0f} s", flush=True)
+    return result
+
+
+def sweep():
+    """Kills what the tests of this run have left behind, by the mark in its environment."""
+    for folder in pathlib.Path("/proc").iterdir():
+        if not folder.name.isdigit() or int(folder.name) == os.getpid():
+            continue
+        try:
+            marked = MARK.encode() in (folder / "environ").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if marked and command:
+                os.kill(int(folder.name), signal.SIGKILL)
+                print(f"killed process {folder.name}, left behind by a test: {command}")
+        except OSError:
+            continue
+
+
+def digest(*paths):
+    sha = hashlib.sha256()
+    for path in paths:
+        sha.update(path.read_bytes())
+    return sha.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
