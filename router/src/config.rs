@@ -81,7 +81,7 @@ pub struct RouterConfig {
     /// Requests in flight through this router; more are refused as overloaded. A reservation takes
     /// about 100 bytes and 8 per prompt block. Default: 8192.
     pub requests_max: usize,
-    /// Blocks that each pool's index keeps; 60 to 100 bytes each. Default: 2^21 (about 200 MB when
+    /// Blocks that each pool's index keeps; 60 to 130 bytes each. Default: 2^20 (about 100 MB when
     /// full).
     pub index_blocks_max: usize,
     /// Pairs of block and rank that are predicted at a time; about 100 bytes each. Default: 2^18.
@@ -187,7 +187,7 @@ impl Default for RouterConfig {
             active_request_expiry: Duration::from_secs(300),
             load_report_expiry: Duration::from_secs(30),
             requests_max: 8192,
-            index_blocks_max: 1 << 21,
+            index_blocks_max: 1 << 20,
             predictions_max: 1 << 18,
             disagg: DisaggPolicy::default(),
         }

@@ -15,9 +15,9 @@ use crate::{
     config::RouterConfig,
     disagg::{DisaggInput, LocalReason, PrefillChoice},
     error::RouteError,
-    index::{Applied, Confidence, IndexStats, KvIndex, Overlap, Predictions, ranks_of},
+    index::{Applied, Asked, Confidence, IndexStats, KvIndex, Overlap, Predictions, ranks_of},
     load::{Charge, LoadTable, RankLoad, ReservationId},
-    score::{self, CostInput, CostKind},
+    score::{self, Cost, CostInput, CostKind},
     select::{self, Candidate, SkipReason, Skipped},
 };
 
@@ -205,7 +205,7 @@ impl Pool {
                 rank,
                 confidence,
                 last_event_id,
-                load: loads.load(rank, now),
+                load: loads.load(rank, now).unwrap_or_default(),
             })
             .collect()
     }
@@ -259,9 +259,7 @@ impl Pool {
         let charge = self.charge(request, kind, decision.uncached_tokens);
         let id = loads.reserve(chosen.rank, charge, now);
         drop(loads);
-        self.predictions
-            .write()
-            .record(chosen.rank, &request.hashes, now);
+        self.predict(&request.hashes, &chosen, now);
         Ok((decision, id))
     }
 
@@ -312,9 +310,7 @@ impl Pool {
         let charge = self.charge(&request, kind, decision.uncached_tokens);
         let id = loads.reserve(chosen.rank, charge, now);
         drop(loads);
-        self.predictions
-            .write()
-            .record(chosen.rank, &request.hashes, now);
+        self.predict(&request.hashes, &chosen, now);
         Ok((PrefillCandidates { decision, order }, id))
     }
 
@@ -341,6 +337,19 @@ impl Pool {
         self.loads.lock().finish(id);
     }
 
+    /// Notes the blocks that the rank will have and is not yet known to have.
+    fn predict(&self, prompt: &[SequenceHash], chosen: &Candidate, now: Duration) {
+        let known = match chosen.confidence {
+            Confidence::Complete => chosen.cached_blocks as usize,
+            Confidence::NoEvents | Confidence::Gap => 0,
+        };
+        if let Some(unknown) = prompt.get(known..)
+            && !unknown.is_empty()
+        {
+            self.predictions.write().record(chosen.rank, unknown, now);
+        }
+    }
+
     fn views(&self, request: &RouteRequest, overlap_min: u32, now: Duration) -> Vec<View> {
         let members = self.ranks();
         let config = &self.config;
@@ -364,23 +373,24 @@ impl Pool {
                 .map(|&rank| view(rank, Overlap::default(), Confidence::NoEvents))
                 .collect()
         };
-        let limits: Vec<(WorkerRank, Duration)> = views
+        let asked: Vec<Asked> = views
             .iter()
-            .map(|view| {
-                let limit = match view.confidence {
+            .map(|view| Asked {
+                rank: view.rank,
+                known: view.overlap.blocks(),
+                ttl: match view.confidence {
                     Confidence::Complete => config.predicted_ttl,
                     Confidence::NoEvents | Confidence::Gap => config.ttl,
-                };
-                (view.rank, limit)
+                },
             })
             .collect();
-        let predicted = self.predictions.read().find(&request.hashes, &limits, now);
+        let predicted = self.predictions.read().find(&request.hashes, &asked, now);
         for (view, predicted) in views.iter_mut().zip(predicted) {
-            view.predicted_blocks = predicted;
+            view.predicted_blocks = predicted - view.overlap.blocks();
             view.cached_blocks = match view.confidence {
                 // What was routed a moment ago may still be computed: no work is saved by it yet.
                 Confidence::Complete => view.overlap.blocks(),
-                Confidence::NoEvents | Confidence::Gap => view.overlap.blocks().max(predicted),
+                Confidence::NoEvents | Confidence::Gap => predicted,
             };
             view.overlap = view.overlap.at_least(predicted.max(overlap_min));
         }
@@ -397,8 +407,13 @@ impl Pool {
     ) -> (Vec<Candidate>, Vec<Skipped>) {
         let mut skipped = Vec::new();
         let mut candidates = Vec::with_capacity(views.len());
-        for view in views.into_iter().filter(|view| loads.contains(view.rank)) {
-            let load = loads.load(view.rank, now);
+        let prompt_blocks = u64::from(request.prompt_tokens.div_ceil(self.config.block_tokens));
+        for view in views {
+            let Some(state) = loads.state(view.rank, &request.hashes, now) else {
+                // It left since its overlap was looked up.
+                continue;
+            };
+            let load = state.load;
             let reason = request
                 .refuses(view.rank)
                 .or_else(|| select::busy(&self.config, &load));
@@ -409,6 +424,11 @@ impl Pool {
                 });
                 continue;
             }
+            let held = if self.config.assume_kv_reuse {
+                state.held_blocks
+            } else {
+                0
+            };
             candidates.push(Candidate {
                 rank: view.rank,
                 overlap: view.overlap,
@@ -416,8 +436,13 @@ impl Pool {
                 predicted_blocks: view.predicted_blocks,
                 confidence: view.confidence,
                 load,
-                cost: score::Cost::default(),
-                selected: loads.selected(view.rank),
+                potential_decode_blocks: if self.config.track_active_blocks {
+                    load.active_blocks + prompt_blocks.saturating_sub(held)
+                } else {
+                    0
+                },
+                cost: Cost::default(),
+                selected: state.selected,
             });
         }
         let active_prefill_tokens_min = candidates
@@ -425,18 +450,7 @@ impl Pool {
             .map(|c| c.load.prefill_tokens)
             .min()
             .unwrap_or(0);
-        let prompt_blocks = u64::from(request.prompt_tokens.div_ceil(self.config.block_tokens));
         for candidate in &mut candidates {
-            let held = if self.config.assume_kv_reuse {
-                loads.held(candidate.rank, &request.hashes)
-            } else {
-                0
-            };
-            let potential_decode_blocks = if self.config.track_active_blocks {
-                candidate.load.active_blocks + prompt_blocks.saturating_sub(held)
-            } else {
-                0
-            };
             candidate.cost = score::cost(
                 &self.config,
                 kind,
@@ -445,7 +459,7 @@ impl Pool {
                     overlap: candidate.overlap,
                     active_prefill_tokens: candidate.load.prefill_tokens,
                     active_prefill_tokens_min,
-                    potential_decode_blocks,
+                    potential_decode_blocks: candidate.potential_decode_blocks,
                     active_requests: candidate.load.active_requests,
                 },
             );

@@ -28,12 +28,14 @@ pub struct Candidate {
     /// Leading prompt blocks that can be counted on: by its events or, where they are missing or
     /// incomplete, by prediction too.
     pub cached_blocks: u32,
-    /// Leading prompt blocks it is predicted to have, by what was routed to it.
+    /// Further leading blocks that it is predicted to have, by what was routed to it.
     pub predicted_blocks: u32,
     /// How far its part of the index can be trusted.
     pub confidence: Confidence,
     /// Its load before this request.
     pub load: RankLoad,
+    /// Blocks active on it once this request is added, shared ones counted once.
+    pub potential_decode_blocks: u64,
     /// Its cost and the terms of it.
     pub cost: Cost,
     pub(crate) selected: u64,
@@ -165,6 +167,7 @@ mod tests {
             predicted_blocks: 0,
             confidence: Confidence::Complete,
             load: RankLoad::default(),
+            potential_decode_blocks: 0,
             cost: Cost {
                 total,
                 ..Cost::default()

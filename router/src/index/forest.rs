@@ -69,6 +69,16 @@ impl Forest {
             .copied()
     }
 
+    /// The node named `hash`, tried first at the place after `previous`: blocks that were stored
+    /// together lie together, which saves a walk down a chain most of its cache misses.
+    pub(super) fn get_after(&self, previous: NodeId, hash: SequenceHash) -> Option<NodeId> {
+        let next = previous.wrapping_add(1);
+        match self.nodes.get(next as usize) {
+            Some(node) if node.live && node.hash == hash => Some(next),
+            _ => self.get(hash),
+        }
+    }
+
     pub(super) fn holders(&self, id: NodeId) -> &Holders {
         &self.nodes[id as usize].holders
     }

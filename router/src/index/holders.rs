@@ -13,7 +13,7 @@ const TIER_BITS: u32 = 4;
 const TIER_MASK: u32 = (1 << TIER_BITS) - 1;
 
 /// Holders of one block, ascending by slot; up to four without an allocation.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Holders(SmallVec<[u32; 4]>);
 
 /// One rank that holds a block.

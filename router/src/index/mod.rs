@@ -21,10 +21,10 @@ use blockplane_protocol::{
     DpRank, KvEvent, KvEventData, SequenceHash, StoredBlock, Tier, WorkerId, WorkerRank,
 };
 
-pub use self::predict::Predictions;
+pub use self::predict::{Asked, Predictions};
 use self::{
     forest::Forest,
-    holders::{Holder, SLOTS_MAX, Slot},
+    holders::{SLOTS_MAX, Slot},
 };
 
 /// Prefix index over the caches of all ranks.
@@ -45,6 +45,16 @@ struct RankFeed {
     /// Id that the next event must have.
     expected: u64,
     gap: bool,
+}
+
+/// A rank that has held every block of a prompt so far.
+#[derive(Clone, Copy, Debug)]
+struct Walk {
+    slot: Slot,
+    /// Up to the last change of holders.
+    overlap: Overlap,
+    /// Where the blocks since then are.
+    tier: Tier,
 }
 
 /// What became of one event.
@@ -110,8 +120,8 @@ pub struct IndexStats {
 }
 
 impl KvIndex {
-    /// An empty index that keeps at most `blocks_max` blocks (at least 1). A block takes 60 to 100
-    /// bytes; blocks held by more than four ranks take 4 bytes more per rank.
+    /// An empty index that keeps at most `blocks_max` blocks (at least 1). A block takes 60 to 130
+    /// bytes, and 4 more per rank when more than four ranks hold it.
     #[must_use]
     pub fn new(blocks_max: usize) -> Self {
         Self {
@@ -212,34 +222,48 @@ impl KvIndex {
     #[must_use]
     pub fn find(&self, prompt: &[SequenceHash]) -> Overlaps {
         let mut found = Vec::new();
-        let mut going: Vec<(Slot, Overlap)> = Vec::new();
+        let mut going: Vec<Walk> = Vec::new();
         let mut deepest = None;
-        for (position, &hash) in prompt.iter().enumerate() {
-            let Some(id) = self.forest.get(hash) else {
+        // Blocks since the last change of holders: neighbours mostly have the same ones, and
+        // comparing two lists is much cheaper than looking up each rank in the next.
+        let mut run = 0;
+        for &hash in prompt {
+            let Some(id) = (match deepest {
+                None => self.forest.get(hash),
+                Some(previous) => self.forest.get_after(previous, hash),
+            }) else {
                 break;
             };
             let holders = self.forest.holders(id);
-            if position == 0 {
-                going.extend(holders.iter().map(|h| (h.slot, Overlap::of(h))));
-            } else {
-                going.retain_mut(|(slot, overlap)| match holders.get(*slot) {
-                    Some(holder) => {
-                        overlap.count(holder.tier());
-                        true
-                    }
-                    None => {
-                        self.report(&mut found, *slot, *overlap);
+            match deepest {
+                None => going.extend(holders.iter().map(|holder| Walk {
+                    slot: holder.slot,
+                    overlap: Overlap::default(),
+                    tier: holder.tier(),
+                })),
+                Some(previous) if self.forest.holders(previous) == holders => {}
+                Some(_) => {
+                    going.retain_mut(|walk| {
+                        walk.overlap.count(walk.tier, run);
+                        if let Some(holder) = holders.get(walk.slot) {
+                            walk.tier = holder.tier();
+                            return true;
+                        }
+                        self.report(&mut found, walk);
                         false
-                    }
-                });
+                    });
+                    run = 0;
+                }
             }
             if going.is_empty() {
                 break;
             }
+            run += 1;
             deepest = Some(id);
         }
-        for (slot, overlap) in going {
-            self.report(&mut found, slot, overlap);
+        for walk in &mut going {
+            walk.overlap.count(walk.tier, run);
+            self.report(&mut found, walk);
         }
         if let Some(id) = deepest {
             self.forest.touch(id);
@@ -343,9 +367,9 @@ impl KvIndex {
             .expect("a slot in use has a feed")
     }
 
-    fn report(&self, found: &mut Vec<(WorkerRank, Overlap)>, slot: Slot, overlap: Overlap) {
-        if let Some(feed) = self.ranks[slot as usize] {
-            found.push((feed.rank, overlap));
+    fn report(&self, found: &mut Vec<(WorkerRank, Overlap)>, walk: &Walk) {
+        if let Some(feed) = self.ranks[walk.slot as usize] {
+            found.push((feed.rank, walk.overlap));
         }
     }
 }
@@ -364,18 +388,12 @@ impl Overlap {
         self
     }
 
-    fn of(holder: Holder) -> Self {
-        let mut overlap = Self::default();
-        overlap.count(holder.tier());
-        overlap
-    }
-
-    const fn count(&mut self, tier: Tier) {
+    const fn count(&mut self, tier: Tier, blocks: u32) {
         match tier {
-            Tier::Device => self.device += 1,
-            Tier::Host => self.host += 1,
-            Tier::Disk => self.disk += 1,
-            Tier::Remote => self.remote += 1,
+            Tier::Device => self.device += blocks,
+            Tier::Host => self.host += blocks,
+            Tier::Disk => self.disk += blocks,
+            Tier::Remote => self.remote += blocks,
         }
     }
 }

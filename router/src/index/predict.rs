@@ -6,6 +6,17 @@ use blockplane_protocol::{SequenceHash, WorkerId, WorkerRank};
 use hashbrown::HashTable;
 use smallvec::SmallVec;
 
+/// What [`Predictions::find`] is asked about one rank.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked {
+    /// The rank.
+    pub rank: WorkerRank,
+    /// Leading blocks that it is known to have.
+    pub known: u32,
+    /// Predictions of this age and older do not count.
+    pub ttl: Duration,
+}
+
 /// Blocks that ranks are expected to hold because a request with them was routed there.
 ///
 /// Entries are kept for the longest time that any reader asks for, and the oldest ones go first
@@ -45,7 +56,7 @@ impl Predictions {
         }
     }
 
-    /// Notes that a request with these leading blocks was routed to `rank`.
+    /// Notes that a request with these blocks was routed to `rank`.
     pub fn record(&mut self, rank: WorkerRank, prompt: &[SequenceHash], now: Duration) {
         self.expire(now);
         // A recording that is still fresh is not renewed: hot prefixes would flood the queue.
@@ -76,33 +87,45 @@ impl Predictions {
         }
     }
 
-    /// Leading blocks predicted to be on each of `ranks`, where a prediction counts when it is
-    /// younger than the rank's own limit.
+    /// Leading blocks of each rank, continuing after the blocks that it is known to have with those
+    /// it is predicted to have.
     #[must_use]
-    pub fn find(
-        &self,
-        prompt: &[SequenceHash],
-        ranks: &[(WorkerRank, Duration)],
-        now: Duration,
-    ) -> Vec<u32> {
-        let mut leading = vec![0; ranks.len()];
-        let mut going: Vec<usize> = (0..ranks.len()).collect();
-        for &hash in prompt {
-            let Some(predicted) = self.blocks.find(hash.0, |p| p.hash == hash) else {
+    pub fn find(&self, prompt: &[SequenceHash], asked: &[Asked], now: Duration) -> Vec<u32> {
+        let mut leading: Vec<u32> = asked.iter().map(|asked| asked.known).collect();
+        if self.blocks.is_empty() {
+            return leading;
+        }
+        // Ranks by where they continue, so that each block is looked up once for all of them.
+        let mut waiting: Vec<usize> = (0..asked.len()).collect();
+        waiting.sort_unstable_by_key(|&i| std::cmp::Reverse(asked[i].known));
+        let mut going: Vec<usize> = Vec::new();
+        let mut position = 0;
+        loop {
+            if going.is_empty() {
+                let Some(&next) = waiting.last() else {
+                    break;
+                };
+                position = asked[next].known;
+            }
+            while let Some(i) = waiting.pop_if(|i| asked[*i].known <= position) {
+                going.push(i);
+            }
+            let Some(&hash) = prompt.get(position as usize) else {
                 break;
             };
+            let predicted = self.blocks.find(hash.0, |p| p.hash == hash);
             going.retain(|&i| {
-                let (rank, limit) = ranks[i];
-                let present = predicted
-                    .ranks
-                    .iter()
-                    .any(|&(held, at)| held == rank && now.saturating_sub(at) < limit);
+                let Asked { rank, ttl, .. } = asked[i];
+                let present = predicted.is_some_and(|predicted| {
+                    predicted
+                        .ranks
+                        .iter()
+                        .any(|&(held, at)| held == rank && now.saturating_sub(at) < ttl)
+                });
                 leading[i] += u32::from(present);
                 present
             });
-            if going.is_empty() {
-                break;
-            }
+            position += 1;
         }
         leading
     }
@@ -166,7 +189,29 @@ mod tests {
     }
 
     fn leading(predictions: &Predictions, worker: u64, limit: Duration, now: Duration) -> u32 {
-        predictions.find(&prompt(8), &[(rank(worker), limit)], now)[0]
+        let asked = Asked {
+            rank: rank(worker),
+            known: 0,
+            ttl: limit,
+        };
+        predictions.find(&prompt(8), &[asked], now)[0]
+    }
+
+    #[test]
+    fn predictions_continue_where_knowledge_ends() {
+        let mut predictions = Predictions::new(TTL, 1000);
+        predictions.record(rank(1), &prompt(6)[2..], Duration::ZERO);
+        predictions.record(rank(2), &prompt(3), Duration::ZERO);
+        let asked =
+            [(1, 0), (1, 2), (1, 4), (2, 5), (2, 1), (3, 8), (3, 9)].map(|(worker, known)| Asked {
+                rank: rank(worker),
+                known,
+                ttl: TTL,
+            });
+        assert_eq!(
+            predictions.find(&prompt(8), &asked, Duration::ZERO),
+            [0, 6, 6, 5, 3, 8, 9]
+        );
     }
 
     #[test]

@@ -47,7 +47,12 @@ impl ActiveBlocks {
     /// A request holds all of its prompt's blocks and lets go of all at once, so what is held of
     /// any prompt is a prefix, and its end can be found by bisection.
     pub(super) fn held(&self, prompt: &[SequenceHash]) -> usize {
-        prompt.partition_point(|hash| self.shared.contains_key(hash))
+        match prompt.first() {
+            Some(first) if self.shared.contains_key(first) => {
+                prompt.partition_point(|hash| self.shared.contains_key(hash))
+            }
+            _ => 0,
+        }
     }
 }
 

@@ -66,6 +66,16 @@ struct Entry {
     selected: u64,
 }
 
+/// What a choice depends on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RankState {
+    pub(crate) load: RankLoad,
+    /// Leading blocks of the prompt that running requests hold.
+    pub(crate) held_blocks: u64,
+    /// When the rank was last chosen: smaller is longer ago.
+    pub(crate) selected: u64,
+}
+
 #[derive(Debug)]
 struct Reserved {
     rank: WorkerRank,
@@ -116,10 +126,6 @@ impl LoadTable {
         self.ranks.keys().copied()
     }
 
-    pub(crate) fn contains(&self, rank: WorkerRank) -> bool {
-        self.ranks.contains_key(&rank)
-    }
-
     pub(crate) fn rank_count(&self) -> usize {
         self.ranks.len()
     }
@@ -132,38 +138,24 @@ impl LoadTable {
         self.expired_total
     }
 
-    pub(crate) fn load(&self, rank: WorkerRank, now: Duration) -> RankLoad {
-        self.ranks
-            .get(&rank)
-            .map_or_else(RankLoad::default, |entry| {
-                let report = entry
-                    .report
-                    .filter(|(_, at)| now.saturating_sub(*at) < self.report_expiry)
-                    .map_or_else(LoadReport::default, |(report, _)| report);
-                RankLoad {
-                    prefill_tokens: entry.prefill_tokens.max(report.prefill_tokens_queued),
-                    active_blocks: entry.active.len().max(u64::from(report.blocks_active)),
-                    active_requests: entry.requests.max(
-                        report
-                            .requests_running
-                            .saturating_add(report.requests_waiting),
-                    ),
-                    waiting_requests: report.requests_waiting,
-                    blocks_total: entry.blocks_total,
-                }
-            })
+    /// Load of a rank; `None` when it is not in the table.
+    pub(crate) fn load(&self, rank: WorkerRank, now: Duration) -> Option<RankLoad> {
+        Some(self.ranks.get(&rank)?.load(now, self.report_expiry))
     }
 
-    /// Leading blocks of a prompt that running requests hold on a rank.
-    pub(crate) fn held(&self, rank: WorkerRank, prompt: &[SequenceHash]) -> u64 {
-        self.ranks
-            .get(&rank)
-            .map_or(0, |entry| entry.active.held(prompt) as u64)
-    }
-
-    /// When a rank was last chosen: smaller is longer ago.
-    pub(crate) fn selected(&self, rank: WorkerRank) -> u64 {
-        self.ranks.get(&rank).map_or(0, |entry| entry.selected)
+    /// What a choice needs to know of a rank for a prompt; `None` when it is not in the table.
+    pub(crate) fn state(
+        &self,
+        rank: WorkerRank,
+        prompt: &[SequenceHash],
+        now: Duration,
+    ) -> Option<RankState> {
+        let entry = self.ranks.get(&rank)?;
+        Some(RankState {
+            load: entry.load(now, self.report_expiry),
+            held_blocks: entry.active.held(prompt) as u64,
+            selected: entry.selected,
+        })
     }
 
     pub(crate) fn reserve(
@@ -256,6 +248,26 @@ impl LoadTable {
     }
 }
 
+impl Entry {
+    fn load(&self, now: Duration, report_expiry: Duration) -> RankLoad {
+        let report = self
+            .report
+            .filter(|(_, at)| now.saturating_sub(*at) < report_expiry)
+            .map_or_else(LoadReport::default, |(report, _)| report);
+        RankLoad {
+            prefill_tokens: self.prefill_tokens.max(report.prefill_tokens_queued),
+            active_blocks: self.active.len().max(u64::from(report.blocks_active)),
+            active_requests: self.requests.max(
+                report
+                    .requests_running
+                    .saturating_add(report.requests_waiting),
+            ),
+            waiting_requests: report.requests_waiting,
+            blocks_total: self.blocks_total,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -284,7 +296,7 @@ mod tests {
     fn prefill_is_charged_until_the_first_token_and_blocks_until_the_end() {
         let mut table = table();
         let id = table.reserve(rank(), charge(64, 4), SECOND);
-        let load = table.load(rank(), SECOND);
+        let load = table.load(rank(), SECOND).unwrap();
         assert_eq!(
             (
                 load.prefill_tokens,
@@ -296,11 +308,11 @@ mod tests {
         table.prefill_done(id, 2 * SECOND);
         table.prefill_done(id, 2 * SECOND);
         table.output_blocks(id, 2, 3 * SECOND);
-        let load = table.load(rank(), SECOND);
+        let load = table.load(rank(), SECOND).unwrap();
         assert_eq!((load.prefill_tokens, load.active_blocks), (0, 7));
         assert!(table.finish(id));
         assert!(!table.finish(id));
-        let load = table.load(rank(), SECOND);
+        let load = table.load(rank(), SECOND).unwrap();
         assert_eq!((load.active_blocks, load.active_requests), (0, 0));
     }
 
@@ -316,7 +328,7 @@ mod tests {
             ..LoadReport::default()
         };
         table.report(WorkerId(1), report, SECOND);
-        let load = table.load(rank(), 2 * SECOND);
+        let load = table.load(rank(), 2 * SECOND).unwrap();
         assert_eq!(
             (
                 load.prefill_tokens,
@@ -325,7 +337,7 @@ mod tests {
             ),
             (64, 9, 3)
         );
-        let later = table.load(rank(), 32 * SECOND);
+        let later = table.load(rank(), 32 * SECOND).unwrap();
         assert_eq!((later.active_blocks, later.active_requests), (5, 1));
     }
 
@@ -337,7 +349,7 @@ mod tests {
         table.output_blocks(live, 0, 200 * SECOND);
         table.expire(302 * SECOND);
         assert_eq!((table.reservations(), table.expired_total()), (1, 1));
-        assert_eq!(table.load(rank(), 302 * SECOND).prefill_tokens, 64);
+        assert_eq!(table.load(rank(), 302 * SECOND).unwrap().prefill_tokens, 64);
         assert!(table.finish(live));
     }
 
@@ -350,6 +362,6 @@ mod tests {
         table.prefill_done(id, SECOND);
         assert!(!table.finish(id));
         table.add(rank(), 100);
-        assert_eq!(table.load(rank(), SECOND).active_requests, 0);
+        assert_eq!(table.load(rank(), SECOND).unwrap().active_requests, 0);
     }
 }
