@@ -88,9 +88,7 @@ impl CompleteBlock {
     /// to the pool: read the id from the result.
     #[must_use = "dropping the handle makes the block evictable"]
     pub fn register(self) -> ImmutableBlock {
-        Shared::register(vec![self])
-            .pop()
-            .expect("registering one block yields one block")
+        Shared::register(self)
     }
 
     pub(crate) fn parts(&self) -> (BlockId, TokenBlock, Option<SequenceHash>) {

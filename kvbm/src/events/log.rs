@@ -1,23 +1,23 @@
-//! The ring of recent events and those who wait for the next one.
+//! The recent events and those who wait for the next one.
 
 use std::{
-    collections::VecDeque,
     sync::atomic::{AtomicU64, Ordering},
     task::Waker,
     time::{Duration, Instant},
 };
 
-use blockplane_protocol::{DpRank, KvEvent, KvEventData};
+use blockplane_protocol::{DpRank, KvEvent};
 use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use super::ring::Ring;
 
 /// Blocks named in one batch, so that a batch stays far below the size limit of a message.
 const BATCH_WEIGHT_MAX: usize = 8_192;
 
-/// Recent events of one pool, numbered without gaps.
+/// Recent events of one pool, and its subscribers.
 #[derive(Debug)]
 pub(crate) struct EventLog {
     rank: DpRank,
-    weight_max: usize,
     state: Mutex<State>,
     arrived: Condvar,
     subscribers: AtomicU64,
@@ -25,11 +25,7 @@ pub(crate) struct EventLog {
 
 #[derive(Debug)]
 struct State {
-    /// Ascending by exactly 1; the last has number `last_id`.
-    ring: VecDeque<KvEvent>,
-    /// Sum of the weights in the ring; at most `weight_max`.
-    weight: usize,
-    last_id: u64,
+    ring: Ring,
     /// At most one per subscription.
     wakers: Vec<(SubscriberId, Waker)>,
     closed: bool,
@@ -57,11 +53,8 @@ impl EventLog {
     pub(crate) fn new(rank: DpRank, weight_max: usize) -> Self {
         Self {
             rank,
-            weight_max,
             state: Mutex::new(State {
-                ring: VecDeque::new(),
-                weight: 0,
-                last_id: 0,
+                ring: Ring::new(weight_max),
                 wakers: Vec::new(),
                 closed: false,
             }),
@@ -75,39 +68,27 @@ impl EventLog {
     }
 
     pub(crate) fn last_id(&self) -> u64 {
-        self.state.lock().last_id
+        self.state.lock().ring.last_id()
     }
 
-    /// Numbers and keeps an event. The caller fires `wakeups` after its own locks are released.
-    pub(crate) fn append(&self, data: KvEventData, wakeups: &mut Wakeups) {
+    /// Adds events. The caller fires the result after its own locks are released.
+    pub(crate) fn append(&self, push: impl FnOnce(&mut Ring)) -> Wakeups {
         let mut state = self.state.lock();
-        state.last_id += 1;
-        let event = KvEvent {
-            event_id: state.last_id,
-            rank: self.rank,
-            data,
-        };
-        state.weight += weight(&event);
-        state.ring.push_back(event);
-        while state.weight > self.weight_max {
-            let oldest = state.ring.pop_front().expect("weight is of kept events");
-            state.weight -= weight(&oldest);
-        }
-        wakeups
-            .0
-            .extend(state.wakers.drain(..).map(|(_, waker)| waker));
+        push(&mut state.ring);
+        let wakers = state.wakers.drain(..).map(|(_, waker)| waker).collect();
         drop(state);
         self.arrived.notify_all();
+        Wakeups(wakers)
     }
 
     /// No event will come any more.
     pub(crate) fn close(&self) {
         let mut state = self.state.lock();
         state.closed = true;
-        let wakers = std::mem::take(&mut state.wakers);
+        let wakers = state.wakers.drain(..).map(|(_, waker)| waker).collect();
         drop(state);
         self.arrived.notify_all();
-        wakers.into_iter().for_each(|(_, waker)| waker.wake());
+        Wakeups(wakers).fire();
     }
 
     pub(crate) fn take_or_wake(
@@ -117,9 +98,10 @@ impl EventLog {
         waker: &Waker,
     ) -> Take {
         let mut state = self.state.lock();
-        let take = take(&state, seen);
+        let take = self.take(&state, seen);
         if matches!(take, Take::Nothing) {
-            match state.wakers.iter_mut().find(|(id, _)| *id == subscriber) {
+            let mut wakers = state.wakers.iter_mut();
+            match wakers.find(|(id, _)| *id == subscriber) {
                 Some((_, known)) => known.clone_from(waker),
                 None => state.wakers.push((subscriber, waker.clone())),
             }
@@ -131,7 +113,7 @@ impl EventLog {
         let deadline = Instant::now().checked_add(timeout);
         let mut state = self.state.lock();
         loop {
-            let take = take(&state, seen);
+            let take = self.take(&state, seen);
             if !matches!(take, Take::Nothing) || self.timed_out(&mut state, deadline) {
                 return take;
             }
@@ -141,6 +123,22 @@ impl EventLog {
     pub(crate) fn forget_waker(&self, subscriber: SubscriberId) {
         let mut state = self.state.lock();
         state.wakers.retain(|(id, _)| *id != subscriber);
+    }
+
+    fn take(&self, state: &State, seen: Option<u64>) -> Take {
+        let Some(seen) = seen else {
+            return Take::TooFarBehind;
+        };
+        if seen == state.ring.last_id() {
+            return if state.closed {
+                Take::Closed
+            } else {
+                Take::Nothing
+            };
+        }
+        seen.checked_add(1)
+            .and_then(|first| state.ring.batch(first, self.rank, BATCH_WEIGHT_MAX))
+            .map_or(Take::TooFarBehind, Take::Events)
     }
 
     /// Waits for an arrival; a deadline beyond the clock's range never passes.
@@ -158,47 +156,5 @@ impl EventLog {
 impl Wakeups {
     pub(crate) fn fire(self) {
         self.0.into_iter().for_each(Waker::wake);
-    }
-}
-
-fn take(state: &State, seen: Option<u64>) -> Take {
-    let Some(seen) = seen.filter(|&seen| seen <= state.last_id) else {
-        return Take::TooFarBehind;
-    };
-    if seen == state.last_id {
-        return if state.closed {
-            Take::Closed
-        } else {
-            Take::Nothing
-        };
-    }
-    let first_wanted = seen + 1;
-    let Some(skip) = state
-        .ring
-        .front()
-        .and_then(|oldest| first_wanted.checked_sub(oldest.event_id))
-        .and_then(|skip| usize::try_from(skip).ok())
-    else {
-        return Take::TooFarBehind;
-    };
-    let mut batch_weight = 0;
-    let batch = state
-        .ring
-        .range(skip..)
-        .enumerate()
-        .take_while(|(i, event)| {
-            batch_weight += weight(event);
-            *i == 0 || batch_weight <= BATCH_WEIGHT_MAX
-        })
-        .map(|(_, event)| event.clone())
-        .collect();
-    Take::Events(batch)
-}
-
-fn weight(event: &KvEvent) -> usize {
-    match &event.data {
-        KvEventData::Stored { blocks, .. } => blocks.len().max(1),
-        KvEventData::Removed { hashes, .. } => hashes.len().max(1),
-        KvEventData::Cleared => 1,
     }
 }

@@ -6,6 +6,7 @@
 //! place, and a slow one costs the pool nothing.
 
 mod log;
+mod ring;
 mod snapshot;
 
 use std::{
@@ -22,6 +23,7 @@ pub use snapshot::KvSnapshot;
 use crate::pool::Shared;
 pub(crate) use log::{EventLog, Wakeups};
 use log::{SubscriberId, Take};
+pub(crate) use ring::Ring;
 
 /// Source of the events of one pool. Cheap to clone.
 #[derive(Clone)]

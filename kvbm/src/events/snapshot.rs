@@ -1,8 +1,10 @@
 //! Everything a pool can find, in an order in which an index can be built.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, hash::BuildHasherDefault};
 
 use blockplane_protocol::{SequenceHash, SnapshotBlock};
+
+use crate::pool::HashIsUniform;
 
 /// The registered blocks of a pool at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,7 +29,7 @@ impl KvSnapshot {
 
 /// How many ancestors of each block are here.
 fn depths(blocks: &[SnapshotBlock]) -> Vec<usize> {
-    let index: HashMap<SequenceHash, usize> = blocks
+    let index: HashMap<SequenceHash, usize, BuildHasherDefault<HashIsUniform>> = blocks
         .iter()
         .enumerate()
         .map(|(i, entry)| (entry.block.sequence, i))

@@ -4,18 +4,17 @@ mod store;
 
 use std::{fmt, sync::Arc};
 
-use blockplane_protocol::{
-    BlockId, DpRank, KvEventData, SequenceHash, StoredBlock, Tier, TokenBlock,
-};
+use blockplane_protocol::{BlockId, DpRank, SequenceHash, StoredBlock, Tier, TokenBlock};
 use parking_lot::Mutex;
 use thiserror::Error;
 
 use crate::{
     arena::KvArena,
     block::{CompleteBlock, ImmutableBlock, Lease, MutableBlock, Quarantine},
-    events::{EventFeed, EventLog, KvSnapshot, Wakeups},
+    events::{EventFeed, EventLog, KvSnapshot, Ring, Wakeups},
     evict::{EvictionPolicy, Lru},
 };
+pub(crate) use store::HashIsUniform;
 use store::{Registered, Store};
 
 /// The blocks of one rank. Cheap to clone; all clones are the same pool. Handles keep the pool, and
@@ -36,7 +35,7 @@ pub struct PoolConfig {
     /// once, nothing is matched and no event is emitted. Default `true`.
     pub prefix_caching: bool,
     /// Events kept for subscribers that are behind; an event that names several blocks counts once
-    /// per block. A subscriber that is further behind gets a snapshot. Worst case about 150 bytes
+    /// per block. A subscriber that is further behind gets a snapshot. Worst case about 80 bytes
     /// each. Default 65,536.
     pub events_max: usize,
 }
@@ -102,6 +101,7 @@ impl BlockPool {
                 store: Mutex::new(Store::new(blocks, config.prefix_caching, policy)),
                 log: Arc::new(EventLog::new(config.rank, config.events_max)),
                 arena,
+                blocks: blocks as usize,
             }),
         }
     }
@@ -119,25 +119,19 @@ impl BlockPool {
     /// [`PoolExhausted`] when fewer are free or inactive. Nothing is evicted then.
     pub fn allocate(&self, n: usize) -> Result<Vec<MutableBlock>, PoolExhausted> {
         let shared = &self.shared;
-        let mut evicted = Vec::new();
-        let mut wakeups = Wakeups::default();
-        let ids = {
+        let mut blocks = Vec::with_capacity(n.min(shared.blocks));
+        let wakeups = {
             let mut store = shared.store.lock();
-            let ids = store.allocate(n, &mut evicted)?;
-            if !evicted.is_empty() {
-                let removed = KvEventData::Removed {
-                    hashes: evicted,
-                    tier: Tier::Device,
-                };
-                shared.log.append(removed, &mut wakeups);
-            }
-            ids
+            let evicted = store.allocate(n, |id| {
+                blocks.push(MutableBlock::new(Lease::new(Arc::clone(shared), id)));
+            })?;
+            (!evicted.is_empty()).then(|| {
+                let tier = Tier::Device;
+                shared.log.append(|ring| ring.push_removed(evicted, tier))
+            })
         };
-        wakeups.fire();
-        Ok(ids
-            .into_iter()
-            .map(|id| MutableBlock::new(Lease::new(Arc::clone(shared), id)))
-            .collect())
+        wakeups.into_iter().for_each(Wakeups::fire);
+        Ok(blocks)
     }
 
     /// Holds the longest prefix of `blocks` that is here, in order.
@@ -174,7 +168,7 @@ impl BlockPool {
     /// When the blocks are of different pools.
     #[must_use = "dropping the blocks makes them evictable"]
     pub fn register(blocks: Vec<CompleteBlock>) -> Vec<ImmutableBlock> {
-        Shared::register(blocks)
+        Shared::register_all(blocks)
     }
 
     /// Sets blocks aside that a peer may still write to.
@@ -202,12 +196,11 @@ impl BlockPool {
     /// Forgets all cached contents: nothing registered so far will be matched again, and held
     /// blocks are free once they are released. Emits one `Cleared` event.
     pub fn clear(&self) {
-        let mut wakeups = Wakeups::default();
-        {
+        let wakeups = {
             let mut store = self.shared.store.lock();
             store.clear();
-            self.shared.log.append(KvEventData::Cleared, &mut wakeups);
-        }
+            self.shared.log.append(Ring::push_cleared)
+        };
         wakeups.fire();
     }
 
@@ -229,15 +222,35 @@ pub(crate) struct Shared {
     store: Mutex<Store>,
     log: Arc<EventLog>,
     arena: Option<Arc<KvArena>>,
+    blocks: usize,
 }
 
 impl Shared {
-    pub(crate) fn register(blocks: Vec<CompleteBlock>) -> Vec<ImmutableBlock> {
+    pub(crate) fn register(block: CompleteBlock) -> ImmutableBlock {
+        let (id, hashes, parent) = block.parts();
+        let pool = block.pool();
+        let mut wakeups = None;
+        let id = {
+            let mut store = pool.store.lock();
+            match store.register(id, hashes, parent) {
+                Registered::New => {
+                    let stored = [stored_block(hashes)];
+                    let push = |ring: &mut Ring| ring.push_stored(parent, &stored, Tier::Device);
+                    wakeups = Some(pool.log.append(push));
+                    id
+                }
+                Registered::Private => id,
+                Registered::Duplicate(first) => first,
+            }
+        };
+        wakeups.into_iter().for_each(Wakeups::fire);
+        ImmutableBlock::counted(block.into_lease().dissolve(), id, hashes.sequence)
+    }
+
+    pub(crate) fn register_all(blocks: Vec<CompleteBlock>) -> Vec<ImmutableBlock> {
         let Some(first) = blocks.first() else {
             return Vec::new();
         };
-        let hashes: Vec<SequenceHash> = blocks.iter().map(CompleteBlock::hash).collect();
-        let parts: Vec<_> = blocks.iter().map(CompleteBlock::parts).collect();
         let pool = Arc::clone(first.pool());
         for block in &blocks {
             assert!(
@@ -246,34 +259,31 @@ impl Shared {
                 block.id().0
             );
         }
-        let mut stored = StoredRuns::default();
-        let mut wakeups = Wakeups::default();
-        let ids: Vec<BlockId> = {
+        let mut ids = Vec::with_capacity(blocks.len());
+        let mut stored = Vec::with_capacity(blocks.len());
+        let mut wakeups = None;
+        {
             let mut store = pool.store.lock();
-            let ids = parts
-                .into_iter()
-                .map(
-                    |(id, hashes, parent)| match store.register(id, hashes, parent) {
-                        Registered::New => {
-                            stored.push(parent, hashes);
-                            id
-                        }
-                        Registered::Private => id,
-                        Registered::Duplicate(first) => first,
-                    },
-                )
-                .collect();
-            for run in stored.runs {
-                pool.log.append(run, &mut wakeups);
+            for (own, hashes, parent) in blocks.iter().map(CompleteBlock::parts) {
+                ids.push(match store.register(own, hashes, parent) {
+                    Registered::New => {
+                        stored.push((parent, stored_block(hashes)));
+                        own
+                    }
+                    Registered::Private => own,
+                    Registered::Duplicate(first) => first,
+                });
             }
-            ids
-        };
-        wakeups.fire();
+            if !stored.is_empty() {
+                wakeups = Some(pool.log.append(|ring| push_runs(ring, &stored)));
+            }
+        }
+        wakeups.into_iter().for_each(Wakeups::fire);
         blocks
             .into_iter()
             .zip(ids)
-            .zip(hashes)
-            .map(|((block, id), hash)| {
+            .map(|(block, id)| {
+                let hash = block.hash();
                 ImmutableBlock::counted(block.into_lease().dissolve(), id, hash)
             })
             .collect()
@@ -306,30 +316,18 @@ impl Shared {
     }
 }
 
-/// `Stored` events for blocks that become readable one after another.
-#[derive(Default)]
-struct StoredRuns {
-    runs: Vec<KvEventData>,
-    last: Option<SequenceHash>,
+/// One `Stored` event for each run of blocks that follow one another.
+fn push_runs(ring: &mut Ring, stored: &[(Option<SequenceHash>, StoredBlock)]) {
+    for run in stored.chunk_by(|(_, before), (parent, _)| *parent == Some(before.sequence)) {
+        let blocks: Vec<StoredBlock> = run.iter().map(|(_, block)| *block).collect();
+        ring.push_stored(run[0].0, &blocks, Tier::Device);
+    }
 }
 
-impl StoredRuns {
-    fn push(&mut self, parent: Option<SequenceHash>, hashes: TokenBlock) {
-        let block = StoredBlock {
-            block: hashes.block,
-            sequence: hashes.sequence,
-        };
-        match self.runs.last_mut() {
-            Some(KvEventData::Stored { blocks, .. }) if parent.is_some() && parent == self.last => {
-                blocks.push(block);
-            }
-            _ => self.runs.push(KvEventData::Stored {
-                parent,
-                blocks: vec![block],
-                tier: Tier::Device,
-            }),
-        }
-        self.last = Some(hashes.sequence);
+fn stored_block(hashes: TokenBlock) -> StoredBlock {
+    StoredBlock {
+        block: hashes.block,
+        sequence: hashes.sequence,
     }
 }
 

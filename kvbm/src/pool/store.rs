@@ -25,6 +25,8 @@ pub(crate) struct Store {
     registry: HashMap<SequenceHash, BlockId, BuildHasherDefault<HashIsUniform>>,
     policy: Box<dyn EvictionPolicy>,
     prefix_caching: bool,
+    /// What the last allocation evicted; kept for its capacity.
+    evicted: Vec<SequenceHash>,
     active: usize,
     quarantined: usize,
 }
@@ -85,12 +87,14 @@ impl Store {
         Self {
             slots: vec![slot; blocks as usize].into(),
             free: (0..blocks).rev().map(BlockId).collect(),
+            // Twice the names it will ever hold: a full table pays for every removal.
             registry: HashMap::with_capacity_and_hasher(
-                if prefix_caching { blocks as usize } else { 0 },
+                2 * blocks as usize * usize::from(prefix_caching),
                 BuildHasherDefault::default(),
             ),
             policy,
             prefix_caching,
+            evicted: Vec::new(),
             active: 0,
             quarantined: 0,
         }
@@ -111,13 +115,13 @@ impl Store {
         stats
     }
 
-    /// Leases `wanted` blocks, all or none. The hashes of blocks evicted for that are appended to
-    /// `evicted`.
+    /// Leases `wanted` blocks, all or none, and hands them to `lease` one by one. Returns the names
+    /// of those that were evicted for that.
     pub(crate) fn allocate(
         &mut self,
         wanted: usize,
-        evicted: &mut Vec<SequenceHash>,
-    ) -> Result<Vec<BlockId>, PoolExhausted> {
+        mut lease: impl FnMut(BlockId),
+    ) -> Result<&[SequenceHash], PoolExhausted> {
         let available = self.free.len() + self.policy.len();
         if wanted > available {
             return Err(PoolExhausted {
@@ -126,26 +130,14 @@ impl Store {
                 total: self.slots.len(),
             });
         }
-        let from_free = wanted.min(self.free.len());
-        let mut ids = self.free.split_off(self.free.len() - from_free);
-        ids.reverse();
-        while ids.len() < wanted {
-            let id = self
-                .policy
-                .evict()
-                .expect("the policy said how many it has");
-            assert!(
-                self.slots[id.index()].state == State::Inactive,
-                "only an inactive block is evicted"
-            );
-            evicted.push(self.unpublish(id));
-            ids.push(id);
-        }
-        for id in &ids {
+        self.evicted.clear();
+        for _ in 0..wanted {
+            let id = self.free.pop().unwrap_or_else(|| self.evict());
             self.slots[id.index()].state = State::Leased;
+            lease(id);
         }
         self.active += wanted;
-        Ok(ids)
+        Ok(&self.evicted)
     }
 
     /// A leased or quarantined block is free again.
@@ -277,20 +269,25 @@ impl Store {
 
     /// Everything that can be found, with parents, in no particular order.
     pub(crate) fn published(&self) -> Vec<SnapshotBlock> {
-        self.registry
-            .values()
-            .map(|id| {
-                let slot = &self.slots[id.index()];
-                SnapshotBlock {
+        let mut found = Vec::with_capacity(self.registry.len());
+        found.extend(
+            self.slots
+                .iter()
+                .filter(|slot| slot.published())
+                .map(|slot| SnapshotBlock {
                     parent: slot.parent,
                     block: StoredBlock {
                         block: slot.hashes.block,
                         sequence: slot.hashes.sequence,
                     },
                     tier: Tier::Device,
-                }
-            })
-            .collect()
+                }),
+        );
+        assert!(
+            found.len() == self.registry.len(),
+            "each published block has its name"
+        );
+        found
     }
 
     fn hold(&mut self, id: BlockId) {
@@ -325,11 +322,21 @@ impl Store {
         })
     }
 
-    fn unpublish(&mut self, id: BlockId) -> SequenceHash {
-        let hash = self.slots[id.index()].hashes.sequence;
-        let named = self.registry.remove(&hash);
+    /// Takes the next victim and its name away.
+    fn evict(&mut self) -> BlockId {
+        let id = self
+            .policy
+            .evict()
+            .expect("the policy said how many it has");
+        let slot = &self.slots[id.index()];
+        assert!(
+            slot.state == State::Inactive,
+            "only an inactive block is evicted"
+        );
+        let named = self.registry.remove(&slot.hashes.sequence);
         assert!(named == Some(id), "an inactive block has its name");
-        hash
+        self.evicted.push(slot.hashes.sequence);
+        id
     }
 
     fn replace_state(&mut self, id: BlockId, from: State, to: State) {
@@ -341,6 +348,16 @@ impl Store {
     fn free_slot(&mut self, id: BlockId) {
         self.slots[id.index()].state = State::Free;
         self.free.push(id);
+    }
+}
+
+impl Slot {
+    fn published(&self) -> bool {
+        match self.state {
+            State::Inactive => true,
+            State::Shared { published, .. } => published,
+            State::Free | State::Leased | State::Quarantined => false,
+        }
     }
 }
 
