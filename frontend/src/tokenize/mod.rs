@@ -1,0 +1,14 @@
+//! From text to tokens and back: tokenizer, chat template, bounded pool, incremental decoding.
+
+mod assets;
+mod detokenize;
+mod pool;
+mod python;
+mod template;
+mod vocabulary;
+
+pub(crate) use assets::{AssetCache, AssetError, ModelAssets, TemplateError};
+pub(crate) use detokenize::Detokenizer;
+pub(crate) use pool::TokenizePool;
+pub(crate) use template::{ChatInput, RenderError};
+pub(crate) use vocabulary::Vocabulary;
