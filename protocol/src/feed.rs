@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     hash::SequenceHash,
-    id::DpRank,
+    id::{DpRank, WorkerId},
     kv_event::{KvEvent, StoredBlock, Tier},
     load::LoadReport,
 };
@@ -20,6 +20,9 @@ pub const SNAPSHOT_BLOCKS_MAX: usize = 65_536;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct FeedRequest {
+    /// The worker that is meant. Another one, which has taken over the address, refuses with
+    /// [`ErrorKind::WorkerLost`](crate::ErrorKind::WorkerLost): its event ids mean something else.
+    pub worker: Option<WorkerId>,
     /// For each known rank, the id of the first event wanted: the last one applied plus 1.
     pub from: Vec<(DpRank, u64)>,
 }
