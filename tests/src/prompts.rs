@@ -53,7 +53,8 @@ pub fn sharing_prefixes(
         if !prompts.is_empty() && random.below(4) != 0 {
             let pick = usize::try_from(random.below(prompts.len() as u64)).unwrap_or(0);
             let earlier: &Vec<u64> = &prompts[pick];
-            let keep = random.below(length.min(earlier.len() as u64 + 1));
+            let end = length.min(earlier.len() as u64 + 1);
+            let keep = random.below(end).max(random.below(end));
             prompt.extend(earlier.iter().take(usize::try_from(keep).unwrap_or(0)));
         }
         let own = length - prompt.len() as u64;
