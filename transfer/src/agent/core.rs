@@ -1,0 +1,371 @@
+//! What all handles of one agent share.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Weak};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, RwLock};
+
+use super::{CopyPool, LaneChoice, Peer, Session, Timers};
+use crate::backend::{self, LaneFailure};
+use crate::config::{AgentConfig, ArenaConfig, RemoteAccess};
+use crate::error::{AgentError, ConnectError, LossCause, RegisterError, WindowError};
+use crate::memory::{HostMemory, Region, RegionId, RegionOwner, Registration};
+use crate::op::{Notification, NotificationQueue};
+use crate::peer::{Addresses, Metadata, RegionInfo};
+use crate::stats::{AgentStats, Counters};
+use crate::window::{OpenWindow, Scope, Window, WindowAccess, WindowId, WindowScope};
+
+pub(crate) struct Core {
+    pub(crate) name: Arc<str>,
+    pub(crate) epoch: u64,
+    pub(crate) config: AgentConfig,
+    pub(crate) counters: Counters,
+    pub(crate) timers: Arc<Timers>,
+    pub(crate) copies: Arc<CopyPool>,
+    pub(crate) notifications: Arc<NotificationQueue>,
+    regions: RwLock<HashMap<RegionId, Weak<Region>>>,
+    windows: Mutex<HashMap<WindowId, Arc<OpenWindow>>>,
+    /// Connections made by this agent, by name of the peer.
+    sessions: Mutex<HashMap<String, Arc<Session>>>,
+    /// Connections that agents of this process made to this one.
+    in_process: Mutex<Vec<Weak<Session>>>,
+    ids: AtomicU64,
+    stopped: AtomicBool,
+    addresses: Addresses,
+}
+
+impl fmt::Debug for Core {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Core")
+            .field("name", &self.name)
+            .field("epoch", &self.epoch)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Agents of this process, for the loopback lane.
+static IN_PROCESS: LazyLock<Mutex<HashMap<u64, Weak<Core>>>> = LazyLock::new(Mutex::default);
+
+/// The agent of this process with that epoch.
+pub(crate) fn find_in_process(epoch: u64) -> Option<Arc<Core>> {
+    IN_PROCESS.lock().get(&epoch).and_then(Weak::upgrade)
+}
+
+impl Core {
+    pub(super) fn start(config: AgentConfig) -> Result<Arc<Self>, AgentError> {
+        config.validate()?;
+        let io = |what: &str, source| AgentError::Io {
+            what: what.to_owned(),
+            source,
+        };
+        let timers = Timers::start(&config.name).map_err(|e| io("start the timer thread", e))?;
+        let copies = CopyPool::start(&config).map_err(|e| io("start a copy thread", e))?;
+        let core = Arc::new(Self {
+            name: config.name.as_str().into(),
+            epoch: random_u64().map_err(|e| io("get random bytes", e))?,
+            counters: Counters::default(),
+            timers,
+            copies,
+            notifications: Arc::new(NotificationQueue::new(config.notifications_max)),
+            regions: RwLock::default(),
+            windows: Mutex::default(),
+            sessions: Mutex::default(),
+            in_process: Mutex::default(),
+            ids: AtomicU64::new(1),
+            stopped: AtomicBool::new(false),
+            addresses: Addresses::default(),
+            config,
+        });
+        IN_PROCESS.lock().insert(core.epoch, Arc::downgrade(&core));
+        tracing::debug!(agent = %core.name, epoch = core.epoch, "agent started");
+        Ok(core)
+    }
+
+    /// Ends everything that runs for this agent. Called once, when the last handle goes.
+    pub(super) fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+        IN_PROCESS.lock().remove(&self.epoch);
+        let sessions: Vec<_> = self.sessions.lock().drain().collect();
+        for (_, session) in sessions {
+            session.lose(LossCause::Disconnected);
+        }
+        let in_process = std::mem::take(&mut *self.in_process.lock());
+        for session in in_process.iter().filter_map(Weak::upgrade) {
+            session.lose(LossCause::Closed);
+        }
+        self.notifications.stop();
+        self.copies.stop();
+        self.timers.stop();
+        tracing::debug!(agent = %self.name, epoch = self.epoch, "agent stopped");
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    /// Remembers a connection from an agent of this process, to tell it when this one stops.
+    pub(crate) fn watch_in_process(&self, session: &Arc<Session>) {
+        let mut watched = self.in_process.lock();
+        watched.retain(|known| known.strong_count() > 0);
+        watched.push(Arc::downgrade(session));
+        drop(watched);
+        if self.is_stopped() {
+            session.lose(LossCause::Closed);
+        }
+    }
+
+    pub(crate) fn next_operation(&self) -> u64 {
+        self.ids.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(super) fn allocate(
+        self: &Arc<Self>,
+        config: &ArenaConfig,
+    ) -> Result<Registration, RegisterError> {
+        self.check_regions()?;
+        self.add_region(Region::arena(RegionId(self.next_operation()), config)?)
+    }
+
+    pub(super) fn register(
+        self: &Arc<Self>,
+        memory: HostMemory,
+        access: RemoteAccess,
+    ) -> Result<Registration, RegisterError> {
+        self.check_regions()?;
+        self.add_region(Region::host(
+            RegionId(self.next_operation()),
+            memory,
+            access,
+        )?)
+    }
+
+    fn check_regions(&self) -> Result<(), RegisterError> {
+        if self.is_stopped() {
+            return Err(RegisterError::AgentStopped);
+        }
+        let limit = self.config.regions_max;
+        if self.regions.read().len() >= limit {
+            return Err(RegisterError::TooMany { limit });
+        }
+        Ok(())
+    }
+
+    fn add_region(self: &Arc<Self>, region: Region) -> Result<Registration, RegisterError> {
+        let region = Arc::new(region);
+        let mut regions = self.regions.write();
+        let limit = self.config.regions_max;
+        if regions.len() >= limit {
+            return Err(RegisterError::TooMany { limit });
+        }
+        regions.insert(region.id, Arc::downgrade(&region));
+        drop(regions);
+        Ok(Registration::new(region, self.clone()))
+    }
+
+    /// A region that peers may ask for.
+    pub(crate) fn region(&self, id: RegionId) -> Option<Arc<Region>> {
+        let region = self.regions.read().get(&id).and_then(Weak::upgrade)?;
+        (!region.released()).then_some(region)
+    }
+
+    pub(super) fn metadata(&self) -> Metadata {
+        let mut regions: Vec<_> = self
+            .regions
+            .read()
+            .values()
+            .filter_map(Weak::upgrade)
+            .filter(|region| !region.released() && region.access != RemoteAccess::None)
+            .map(|region| RegionInfo::of(&region))
+            .collect();
+        regions.sort_unstable_by_key(|region| region.id);
+        Metadata::new(
+            self.name.clone(),
+            self.epoch,
+            self.addresses.clone(),
+            regions,
+        )
+    }
+
+    pub(super) fn open_window(
+        self: &Arc<Self>,
+        registration: &Registration,
+        scope: WindowScope,
+        access: WindowAccess,
+    ) -> Result<Window, WindowError> {
+        if self.is_stopped() {
+            return Err(WindowError::AgentStopped);
+        }
+        let region = registration.id();
+        if !registration.owned_by(Arc::as_ptr(self).cast()) {
+            return Err(WindowError::ForeignRegistration { region });
+        }
+        if registration.access() == RemoteAccess::None {
+            return Err(WindowError::AccessDenied { region });
+        }
+        let scope = Scope::new(scope, registration.len() as u64)?;
+        let id = WindowId(self.next_operation());
+        let open = Arc::new(OpenWindow::new(
+            id,
+            registration.region().clone(),
+            scope,
+            access,
+        ));
+        let mut windows = self.windows.lock();
+        let limit = self.config.windows_max;
+        if windows.len() >= limit {
+            return Err(WindowError::TooMany { limit });
+        }
+        windows.insert(id, open.clone());
+        drop(windows);
+        Ok(Window {
+            open,
+            core: Arc::downgrade(self),
+        })
+    }
+
+    pub(crate) fn window(&self, id: WindowId) -> Option<Arc<OpenWindow>> {
+        self.windows.lock().get(&id).cloned()
+    }
+
+    pub(crate) fn forget_window(&self, id: WindowId) {
+        self.windows.lock().remove(&id);
+    }
+
+    /// Queues a notification from a peer; false when the queue is full.
+    pub(crate) fn receive(&self, notification: Notification) -> bool {
+        let taken = self.notifications.push(notification);
+        self.counters.received(taken);
+        taken
+    }
+
+    pub(super) fn connect(
+        self: &Arc<Self>,
+        metadata: &Metadata,
+        timeout: Duration,
+    ) -> Result<Arc<Session>, ConnectError> {
+        if self.is_stopped() {
+            return Err(ConnectError::AgentStopped);
+        }
+        let live = |sessions: &HashMap<String, Arc<Session>>| {
+            sessions
+                .get(metadata.name())
+                .filter(|known| known.epoch() == metadata.epoch() && known.lost().is_none())
+                .cloned()
+        };
+        {
+            let sessions = self.sessions.lock();
+            if let Some(known) = live(&sessions) {
+                return Ok(known);
+            }
+            let limit = self.config.peers_max;
+            if sessions.len() >= limit && !sessions.contains_key(metadata.name()) {
+                return Err(ConnectError::TooMany { limit });
+            }
+        }
+        let session = self.open_session(metadata, Instant::now() + timeout)?;
+        let mut sessions = self.sessions.lock();
+        if let Some(known) = live(&sessions) {
+            drop(sessions);
+            // Somebody else connected at the same time; one connection is enough.
+            session.lose(LossCause::Disconnected);
+            return Ok(known);
+        }
+        let old = sessions.insert(metadata.name().to_owned(), session.clone());
+        drop(sessions);
+        if let Some(old) = old {
+            old.lose(LossCause::Replaced(metadata.epoch()));
+        }
+        if self.is_stopped() {
+            session.lose(LossCause::Disconnected);
+            return Err(ConnectError::AgentStopped);
+        }
+        let lane = session.lane();
+        tracing::info!(
+            agent = %self.name,
+            peer = metadata.name(),
+            epoch = metadata.epoch(),
+            lane = %lane.lane,
+            reason = %lane.reason,
+            "peer connected"
+        );
+        Ok(session)
+    }
+
+    /// Tries the allowed lanes, best first.
+    fn open_session(
+        self: &Arc<Self>,
+        metadata: &Metadata,
+        until: Instant,
+    ) -> Result<Arc<Session>, ConnectError> {
+        let mut tried = Vec::new();
+        for &lane in &self.config.lanes {
+            match backend::open(self, lane, metadata, until) {
+                Ok((backend, why, streams)) => {
+                    let backend = backend::with_faults(self, backend);
+                    let choice = LaneChoice::new(lane, &why, &tried, streams);
+                    let session = Session::new(self, metadata, choice, backend);
+                    return Ok(session);
+                }
+                Err(LaneFailure::Stale) => {
+                    return Err(ConnectError::Stale {
+                        peer: metadata.name().to_owned(),
+                        epoch: metadata.epoch(),
+                    });
+                }
+                Err(LaneFailure::Unusable(reason)) => tried.push((lane, reason)),
+            }
+        }
+        Err(ConnectError::NoLane {
+            peer: metadata.name().to_owned(),
+            tried,
+        })
+    }
+
+    pub(super) fn disconnect(&self, session: &Arc<Session>) {
+        session.lose(LossCause::Disconnected);
+        let mut sessions = self.sessions.lock();
+        if sessions
+            .get(session.peer_name())
+            .is_some_and(|known| Arc::ptr_eq(known, session))
+        {
+            sessions.remove(session.peer_name());
+        }
+    }
+
+    pub(crate) fn session_of<'a>(self: &Arc<Self>, peer: &'a Peer) -> Option<&'a Arc<Session>> {
+        peer.session(self)
+    }
+
+    /// Connections of this agent at this moment.
+    pub(crate) fn sessions(&self) -> Vec<Arc<Session>> {
+        self.sessions.lock().values().cloned().collect()
+    }
+
+    pub(super) fn stats(&self) -> AgentStats {
+        let sessions = self.sessions();
+        let mut stats = self.counters.snapshot();
+        stats.peers = sessions
+            .iter()
+            .filter(|session| session.lost().is_none())
+            .count();
+        stats.in_flight = sessions.iter().map(|session| session.in_flight()).sum();
+        stats.regions = self.regions.read().len();
+        stats.windows = self.windows.lock().len();
+        stats
+    }
+}
+
+impl RegionOwner for Core {
+    fn release(&self, region: &Region) {
+        self.regions.write().remove(&region.id);
+    }
+}
+
+fn random_u64() -> std::io::Result<u64> {
+    let mut bytes = [0; 8];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    Ok(u64::from_le_bytes(bytes))
+}

@@ -1,0 +1,276 @@
+//! The agent: registers memory, knows peers, posts operations.
+
+mod copy;
+mod core;
+mod remote;
+mod session;
+mod timers;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::config::{AgentConfig, ArenaConfig, Lane, RemoteAccess};
+use crate::error::{
+    AgentError, ConnectError, PeerLost, PostError, PrepareError, RegisterError, WindowError,
+};
+use crate::memory::{HostMemory, Registration};
+use crate::op::{
+    Descriptor, LocalBlocks, Notifications, Op, Prepared, RemoteBlocks, RemoteDescriptor, Transfer,
+};
+use crate::peer::Metadata;
+use crate::stats::AgentStats;
+use crate::window::{Window, WindowAccess, WindowScope};
+
+pub(crate) use copy::CopyPool;
+pub(crate) use core::{Core, find_in_process};
+pub(crate) use remote::{MappedMemory, RemoteMemory, RemoteRegion};
+pub(crate) use session::{LaneChoice, Session, next_session_key};
+pub(crate) use timers::{TimerKey, Timers};
+
+/// One participant of the block plane. Clones share it; dropping the last one ends its threads,
+/// fails what is in flight with [`PeerLost`] and closes its connections.
+#[derive(Clone)]
+pub struct Agent {
+    handle: Arc<Handle>,
+}
+
+struct Handle {
+    core: Arc<Core>,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.core.stop();
+    }
+}
+
+impl fmt::Debug for Agent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Agent")
+            .field("name", &self.name())
+            .field("epoch", &self.epoch())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Agent {
+    /// Starts an agent: its listeners and its threads, all parked until there is work.
+    ///
+    /// # Errors
+    /// A configuration value is out of range, or a listener or thread cannot be had.
+    pub fn new(config: AgentConfig) -> Result<Self, AgentError> {
+        Ok(Self {
+            handle: Arc::new(Handle {
+                core: Core::start(config)?,
+            }),
+        })
+    }
+
+    fn core(&self) -> &Arc<Core> {
+        &self.handle.core
+    }
+
+    /// Name under which peers know this agent.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.core().name
+    }
+
+    /// This life of the agent: a random number that no other life of it shares.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.core().epoch
+    }
+
+    /// Allocates an arena: zeroed memory that peers on this host can map.
+    ///
+    /// # Errors
+    /// The kernel refuses the memory, or a limit is reached.
+    pub fn allocate(&self, config: ArenaConfig) -> Result<Registration, RegisterError> {
+        self.core().allocate(&config)
+    }
+
+    /// Registers memory of this process. Peers reach it through a socket, also on this host:
+    /// memory that peers are to reach at the speed of memory comes from [`Agent::allocate`].
+    ///
+    /// # Errors
+    /// The memory is empty, or a limit is reached.
+    pub fn register(
+        &self,
+        memory: impl Into<HostMemory>,
+        access: RemoteAccess,
+    ) -> Result<Registration, RegisterError> {
+        self.core().register(memory.into(), access)
+    }
+
+    /// What a peer needs to connect: name, epoch, addresses, and the regions of this moment.
+    /// Regions that are registered later can be named by peers as well.
+    #[must_use]
+    pub fn metadata(&self) -> Metadata {
+        self.core().metadata()
+    }
+
+    /// Connects to a peer over the best lane that works. Idempotent while the connection lives; a
+    /// new epoch of a known name replaces the old one, whose operations fail with [`PeerLost`].
+    ///
+    /// # Errors
+    /// No lane works within `timeout`, or the metadata is of an earlier life of the peer.
+    pub fn connect(&self, metadata: &Metadata, timeout: Duration) -> Result<Peer, ConnectError> {
+        let session = self.core().connect(metadata, timeout)?;
+        Ok(Peer {
+            session,
+            core: self.core().clone(),
+        })
+    }
+
+    /// Checks and plans an operation on block sets. Regions and windows that this connection has
+    /// not met yet are asked for, which waits for the peer once, at most `connect_timeout`.
+    ///
+    /// # Errors
+    /// Says which side and what does not fit.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "block sets are handed over, not kept"
+    )]
+    pub fn prepare(
+        &self,
+        op: Op,
+        local: LocalBlocks<'_>,
+        remote: RemoteBlocks<'_>,
+    ) -> Result<Prepared, PrepareError> {
+        crate::op::prepare_blocks(self.core(), op, local, remote)
+    }
+
+    /// Checks and plans an operation on plain descriptors; the i-th local one pairs with the i-th
+    /// remote one. Neighbours are merged and equally long ones compressed into block sets.
+    ///
+    /// # Errors
+    /// Says which side and what does not fit.
+    pub fn prepare_descriptors(
+        &self,
+        op: Op,
+        local: &[Descriptor<'_>],
+        peer: &Peer,
+        remote: &[RemoteDescriptor],
+    ) -> Result<Prepared, PrepareError> {
+        crate::op::prepare_descriptors(self.core(), op, local, peer, remote)
+    }
+
+    /// Sends a notification on its own. It keeps its place among the notifications that are bound
+    /// to transfers to the same peer: first posted, first delivered.
+    ///
+    /// # Errors
+    /// Nothing was sent; the error says why.
+    pub fn notify(
+        &self,
+        peer: &Peer,
+        payload: impl Into<Bytes>,
+        deadline: Duration,
+    ) -> Result<Transfer, PostError> {
+        let session = self
+            .core()
+            .session_of(peer)
+            .ok_or_else(|| PostError::ForeignPeer {
+                peer: peer.name().to_owned(),
+            })?;
+        crate::op::post(self.core(), session, None, Some(payload.into()), deadline)
+    }
+
+    /// The queue of received notifications.
+    #[must_use]
+    pub fn notifications(&self) -> Notifications {
+        Notifications {
+            queue: self.core().notifications.clone(),
+        }
+    }
+
+    /// Opens a window over a part of a region: peers that name it may access that part until it is
+    /// closed.
+    ///
+    /// # Errors
+    /// The scope does not fit the region, or a limit is reached.
+    pub fn open_window(
+        &self,
+        registration: &Registration,
+        scope: WindowScope,
+        access: WindowAccess,
+    ) -> Result<Window, WindowError> {
+        self.core().open_window(registration, scope, access)
+    }
+
+    /// Counters since the start.
+    #[must_use]
+    pub fn stats(&self) -> AgentStats {
+        self.core().stats()
+    }
+}
+
+/// Which lane a connection uses, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LaneInfo {
+    /// The lane.
+    pub lane: Lane,
+    /// Why this one; names the better lanes that were not possible.
+    pub reason: String,
+}
+
+/// A connection to a peer. Clones share it. It stays lost once it is lost: connect again.
+#[derive(Clone)]
+pub struct Peer {
+    session: Arc<Session>,
+    core: Arc<Core>,
+}
+
+impl fmt::Debug for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Peer")
+            .field("name", &self.name())
+            .field("epoch", &self.epoch())
+            .field("lane", &self.lane().lane)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Peer {
+    /// Name of the peer.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.session.peer_name()
+    }
+
+    /// Epoch of the peer.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.session.epoch()
+    }
+
+    /// The lane in use, and why.
+    #[must_use]
+    pub fn lane(&self) -> LaneInfo {
+        self.session.lane().clone()
+    }
+
+    /// Whether operations can be posted.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.session.lost().is_none()
+    }
+
+    /// Why the peer is lost, if it is.
+    #[must_use]
+    pub fn lost(&self) -> Option<PeerLost> {
+        self.session.lost()
+    }
+
+    /// Ends the connection; operations in flight fail with [`PeerLost`].
+    pub fn disconnect(&self) {
+        self.core.disconnect(&self.session);
+    }
+
+    pub(crate) fn session(&self, core: &Arc<Core>) -> Option<&Arc<Session>> {
+        Arc::ptr_eq(&self.core, core).then_some(&self.session)
+    }
+}

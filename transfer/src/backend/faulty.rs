@@ -1,0 +1,130 @@
+//! Seeded faults around any backend: delay (and with it reorder), loss, disconnect.
+//!
+//! Faults hit the start of an operation. Because a backend claims parts only when it starts, an
+//! operation that is delayed or lost can be cancelled like any other one: nothing is claimed.
+
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::{Backend, Refusal};
+use crate::agent::{RemoteRegion, Session, Timers};
+use crate::config::FaultConfig;
+use crate::error::{LossCause, TransferError};
+use crate::memory::RegionId;
+use crate::op::TransferState;
+use crate::window::{Grant, WindowId};
+
+#[derive(Debug)]
+pub(super) struct Faulty {
+    faults: FaultConfig,
+    random: Mutex<u64>,
+    timers: Arc<Timers>,
+    session: OnceLock<Weak<Session>>,
+    inner: Arc<dyn Backend>,
+}
+
+/// What happens to one operation.
+enum Fault {
+    None,
+    Delay(Duration),
+    Loss,
+    Disconnect,
+}
+
+impl Faulty {
+    pub(super) fn new(faults: FaultConfig, timers: Arc<Timers>, inner: Arc<dyn Backend>) -> Self {
+        let random = Mutex::new(faults.seed);
+        Self {
+            faults,
+            random,
+            timers,
+            session: OnceLock::new(),
+            inner,
+        }
+    }
+
+    /// Three numbers are drawn for every operation whatever they decide, so that changing one
+    /// probability leaves the other faults where they were.
+    fn draw(&self) -> Fault {
+        let mut state = self.random.lock();
+        let [disconnect, loss, delay, amount] = std::array::from_fn(|_| unit(&mut state));
+        drop(state);
+        if disconnect < self.faults.disconnect {
+            Fault::Disconnect
+        } else if loss < self.faults.loss {
+            Fault::Loss
+        } else if delay < self.faults.delay {
+            Fault::Delay(self.faults.delay_max.mul_f64(amount))
+        } else {
+            Fault::None
+        }
+    }
+}
+
+/// SplitMix64, scaled to `0.0..1.0`.
+fn unit(state: &mut u64) -> f64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    let bits = u32::try_from((z ^ (z >> 31)) >> 32).unwrap_or(u32::MAX);
+    f64::from(bits) / (f64::from(u32::MAX) + 1.0)
+}
+
+impl Backend for Faulty {
+    fn attach(&self, session: &Arc<Session>) {
+        // Attached once, right after construction.
+        let _ = self.session.set(Arc::downgrade(session));
+        self.inner.attach(session);
+    }
+
+    fn region(&self, id: RegionId, until: Instant) -> Result<RemoteRegion, Refusal> {
+        self.inner.region(id, until)
+    }
+
+    fn window(
+        &self,
+        session: &Arc<Session>,
+        id: WindowId,
+        until: Instant,
+    ) -> Result<Arc<Grant>, Refusal> {
+        self.inner.window(session, id, until)
+    }
+
+    fn start(&self, transfer: &Arc<TransferState>) {
+        match self.draw() {
+            Fault::None => self.inner.start(transfer),
+            Fault::Loss => tracing::debug!(id = transfer.id, "fault: operation lost"),
+            Fault::Delay(delay) => {
+                tracing::debug!(id = transfer.id, ?delay, "fault: operation delayed");
+                let (inner, transfer) = (self.inner.clone(), transfer.clone());
+                self.timers
+                    .call(Instant::now() + delay, move || inner.start(&transfer));
+            }
+            Fault::Disconnect => {
+                tracing::debug!(id = transfer.id, "fault: disconnect");
+                if let Some(session) = self.session.get().and_then(Weak::upgrade) {
+                    session.lose(LossCause::Injected);
+                }
+            }
+        }
+    }
+
+    fn stop(&self, transfer: &Arc<TransferState>) {
+        self.inner.stop(transfer);
+    }
+
+    fn notify(&self, transfer: &Arc<TransferState>) -> Option<Result<(), TransferError>> {
+        self.inner.notify(transfer)
+    }
+
+    fn abandon(&self) {
+        self.inner.abandon();
+    }
+
+    fn close(&self) {
+        self.inner.close();
+    }
+}

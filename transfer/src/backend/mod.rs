@@ -1,0 +1,103 @@
+//! Backends: ways to reach a peer, behind one trait, all run by one conformance suite.
+
+mod faulty;
+mod loopback;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::agent::{Core, RemoteRegion, Session};
+use crate::config::Lane;
+use crate::error::TransferError;
+use crate::memory::RegionId;
+use crate::op::TransferState;
+use crate::peer::Metadata;
+use crate::window::{Grant, WindowId};
+
+/// One connection to a peer, as the session sees it.
+///
+/// Whatever a backend does with a transfer, it claims parts ([`TransferState::claim_part`]) before
+/// it touches their bytes and reports each claimed part once ([`TransferState::part_done`]) when it
+/// does not touch them any more.
+pub(crate) trait Backend: Send + Sync + fmt::Debug {
+    /// Tells the backend which session it serves; called once before anything else.
+    fn attach(&self, session: &Arc<Session>);
+
+    /// Finds a region of the peer.
+    fn region(&self, id: RegionId, until: Instant) -> Result<RemoteRegion, Refusal>;
+
+    /// Finds a window of the peer and installs the grant in the session.
+    fn window(
+        &self,
+        session: &Arc<Session>,
+        id: WindowId,
+        until: Instant,
+    ) -> Result<Arc<Grant>, Refusal>;
+
+    /// Starts moving the bytes of a transfer. Returns at once.
+    fn start(&self, transfer: &Arc<TransferState>);
+
+    /// The transfer is called off: give claimed parts back as soon as their bytes are quiet.
+    fn stop(&self, transfer: &Arc<TransferState>);
+
+    /// Sends the notification of a transfer. The answer is returned if it is known already, and
+    /// given to [`TransferState::notified`] otherwise.
+    fn notify(&self, transfer: &Arc<TransferState>) -> Option<Result<(), TransferError>>;
+
+    /// The peer is lost: give all claimed parts back.
+    fn abandon(&self);
+
+    /// No byte moves any more: end the connection.
+    fn close(&self);
+}
+
+/// Why a peer's region or window could not be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    /// It does not exist, or not any more.
+    Unknown,
+    /// It is not for peers.
+    Denied,
+    /// The peer is lost.
+    Lost,
+    /// No answer in time.
+    TimedOut,
+}
+
+/// Why a lane was not taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum LaneFailure {
+    /// Another life of the peer answers: no lane is going to work.
+    Stale,
+    /// This lane cannot be used.
+    Unusable(String),
+}
+
+/// A backend, why its lane was taken, and its number of streams.
+pub(crate) type Opened = (Arc<dyn Backend>, String, usize);
+
+/// Connects over one lane.
+pub(crate) fn open(
+    core: &Arc<Core>,
+    lane: Lane,
+    metadata: &Metadata,
+    until: Instant,
+) -> Result<Opened, LaneFailure> {
+    match lane {
+        Lane::Loopback => loopback::open(core, metadata),
+        Lane::Shm | Lane::Tcp => Err(LaneFailure::Unusable(format!("not reachable {until:?}"))),
+    }
+}
+
+/// Wraps a backend with the configured faults, if any.
+pub(crate) fn with_faults(core: &Core, backend: Arc<dyn Backend>) -> Arc<dyn Backend> {
+    match &core.config.faults {
+        Some(faults) => Arc::new(faulty::Faulty::new(
+            faults.clone(),
+            core.timers.clone(),
+            backend,
+        )),
+        None => backend,
+    }
+}

@@ -1,0 +1,315 @@
+//! Typed configuration: every field says what it does, its unit, its default and what it can cost.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::error::AgentError;
+
+/// A way to move bytes to a peer. `AgentConfig::lanes` lists the allowed ones, best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Lane {
+    /// The peer lives in this process: one memcpy by this agent's copy workers.
+    Loopback,
+    /// The peer is on this host: its arenas are mapped and a transfer is one memcpy.
+    Shm,
+    /// Any peer that a TCP connection reaches.
+    Tcp,
+}
+
+impl std::fmt::Display for Lane {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Loopback => "loopback",
+            Self::Shm => "shm",
+            Self::Tcp => "tcp",
+        })
+    }
+}
+
+/// Configuration of one [`Agent`](crate::Agent). Start from [`AgentConfig::new`].
+#[derive(Clone, Debug)]
+pub struct AgentConfig {
+    /// Name under which peers know this agent; 1 to 255 bytes. Unique among agents that talk to
+    /// each other: connecting to a second agent of one name replaces the first.
+    pub name: String,
+    /// Lanes this agent offers and uses, best first. Default: loopback, shm, tcp.
+    pub lanes: Vec<Lane>,
+    /// Where the TCP lane listens. Default 127.0.0.1, a port chosen by the kernel.
+    pub tcp_bind: SocketAddr,
+    /// Host name or address written into the metadata instead of the bound address; needed when
+    /// `tcp_bind` is a wildcard address. Default none.
+    pub advertise_host: Option<String>,
+    /// Folder for the Unix socket of the shm lane. Default `/tmp`. The socket is readable by this
+    /// user only and goes away with the agent.
+    pub socket_dir: PathBuf,
+    /// A peer that has been silent this long is lost. Heartbeats go out four times per interval.
+    /// Default 2 s.
+    pub peer_loss_timeout: Duration,
+    /// Bound on each handshake and on each question to a peer while preparing. Default 2 s.
+    pub connect_timeout: Duration,
+    /// Notifications waiting to be received; beyond it senders get
+    /// [`Rejection::NotificationQueueFull`](crate::Rejection::NotificationQueueFull). Default 4096.
+    /// Worst-case memory: this times `notification_bytes_max`.
+    pub notifications_max: usize,
+    /// Largest notification payload sent or accepted, in bytes. Default 256 KiB.
+    pub notification_bytes_max: usize,
+    /// Operations in flight per peer; beyond it posting fails with
+    /// [`PostError::TooManyInFlight`](crate::PostError::TooManyInFlight). Default 16384.
+    pub posts_max: usize,
+    /// Regions registered at one time. Default 65536.
+    pub regions_max: usize,
+    /// Windows open at one time. Default 65536.
+    pub windows_max: usize,
+    /// Connections kept, in each direction. Default 1024.
+    pub peers_max: usize,
+    /// Threads that copy for the loopback and shm lanes; parked while there is nothing to copy.
+    /// Default: half of the cores, 1 to 4.
+    pub copy_threads: usize,
+    /// A copy is cut into parts of this many bytes, the unit of parallelism and of cancellation.
+    /// Default 256 KiB, a multiple of 64.
+    pub copy_part_bytes: u64,
+    /// A copy wakes one more thread for every so many bytes. Default 1 MiB.
+    pub copy_bytes_per_thread: u64,
+    /// Threads that serve sockets. Default: a quarter of the cores, 1 to 4.
+    pub io_threads: usize,
+    /// TCP data connections per peer, beside the control connection. Default 2, at most 16.
+    pub tcp_streams: usize,
+    /// Largest frame of payload on a stream, the unit of cancellation there. Default 1 MiB.
+    pub stream_chunk_bytes: u32,
+    /// Faults injected around every lane, for tests. Default none.
+    pub faults: Option<FaultConfig>,
+}
+
+impl AgentConfig {
+    /// The defaults, under `name`.
+    pub fn new(name: impl Into<String>) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            name: name.into(),
+            lanes: vec![Lane::Loopback, Lane::Shm, Lane::Tcp],
+            tcp_bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            advertise_host: None,
+            socket_dir: PathBuf::from("/tmp"),
+            peer_loss_timeout: Duration::from_secs(2),
+            connect_timeout: Duration::from_secs(2),
+            notifications_max: 4096,
+            notification_bytes_max: 256 << 10,
+            posts_max: 16384,
+            regions_max: 65536,
+            windows_max: 65536,
+            peers_max: 1024,
+            copy_threads: (cores / 2).clamp(1, 4),
+            copy_part_bytes: 256 << 10,
+            copy_bytes_per_thread: 1 << 20,
+            io_threads: (cores / 4).clamp(1, 4),
+            tcp_streams: 2,
+            stream_chunk_bytes: 1 << 20,
+            faults: None,
+        }
+    }
+
+    /// The same configuration with only `lanes` allowed.
+    #[must_use]
+    pub fn with_lanes(mut self, lanes: impl Into<Vec<Lane>>) -> Self {
+        self.lanes = lanes.into();
+        self
+    }
+
+    pub(crate) fn validate(&self) -> Result<(), AgentError> {
+        let check = |ok: bool, field: &'static str, got: String, accepted: &'static str| {
+            if ok {
+                Ok(())
+            } else {
+                Err(AgentError::InvalidConfig {
+                    field,
+                    got,
+                    accepted,
+                })
+            }
+        };
+        let name = self.name.len();
+        check(
+            (1..=255).contains(&name),
+            "name",
+            format!("{name} bytes"),
+            "1 to 255 bytes",
+        )?;
+        check(
+            !self.lanes.is_empty(),
+            "lanes",
+            "none".into(),
+            "at least one lane",
+        )?;
+        let loss = self.peer_loss_timeout;
+        check(
+            loss >= Duration::from_millis(20) && loss <= Duration::from_secs(600),
+            "peer_loss_timeout",
+            format!("{loss:?}"),
+            "20 ms to 600 s",
+        )?;
+        let connect = self.connect_timeout;
+        check(
+            connect >= Duration::from_millis(1) && connect <= Duration::from_secs(600),
+            "connect_timeout",
+            format!("{connect:?}"),
+            "1 ms to 600 s",
+        )?;
+        for (field, got, max) in [
+            ("notifications_max", self.notifications_max, 1 << 24),
+            (
+                "notification_bytes_max",
+                self.notification_bytes_max,
+                1 << 24,
+            ),
+            ("posts_max", self.posts_max, 1 << 24),
+            ("regions_max", self.regions_max, 1 << 24),
+            ("windows_max", self.windows_max, 1 << 24),
+            ("peers_max", self.peers_max, 1 << 16),
+        ] {
+            check(
+                (1..=max).contains(&got),
+                field,
+                got.to_string(),
+                "1 to 2^24 (peers: 2^16)",
+            )?;
+        }
+        for (field, got, max, accepted) in [
+            ("copy_threads", self.copy_threads, 256, "1 to 256"),
+            ("io_threads", self.io_threads, 64, "1 to 64"),
+            ("tcp_streams", self.tcp_streams, 16, "1 to 16"),
+        ] {
+            check((1..=max).contains(&got), field, got.to_string(), accepted)?;
+        }
+        check(
+            self.copy_part_bytes >= 4096 && self.copy_part_bytes.is_multiple_of(64),
+            "copy_part_bytes",
+            self.copy_part_bytes.to_string(),
+            "at least 4096, a multiple of 64",
+        )?;
+        check(
+            self.copy_bytes_per_thread >= 4096,
+            "copy_bytes_per_thread",
+            self.copy_bytes_per_thread.to_string(),
+            "at least 4096",
+        )?;
+        check(
+            (4096..=1 << 26).contains(&self.stream_chunk_bytes),
+            "stream_chunk_bytes",
+            self.stream_chunk_bytes.to_string(),
+            "4 KiB to 64 MiB",
+        )?;
+        if let Some(faults) = &self.faults {
+            faults.validate()?;
+        }
+        Ok(())
+    }
+}
+
+/// An arena: shared memory that peers on this host can map.
+#[derive(Clone, Debug)]
+pub struct ArenaConfig {
+    /// Size; rounded up to whole pages by the kernel, the registration keeps this length.
+    pub bytes: usize,
+    /// Name in logs, at most 255 bytes.
+    pub label: String,
+    /// Whether to ask for huge pages. Default [`HugePages::Try`].
+    pub huge_pages: HugePages,
+    /// What peers may do. Default [`RemoteAccess::Open`].
+    pub access: RemoteAccess,
+}
+
+impl ArenaConfig {
+    /// An arena of `bytes`, open to peers, huge pages tried.
+    pub fn new(bytes: usize, label: impl Into<String>) -> Self {
+        Self {
+            bytes,
+            label: label.into(),
+            huge_pages: HugePages::Try,
+            access: RemoteAccess::Open,
+        }
+    }
+
+    /// The same arena with other rights for peers.
+    #[must_use]
+    pub fn with_access(mut self, access: RemoteAccess) -> Self {
+        self.access = access;
+        self
+    }
+}
+
+/// How much an arena wants huge pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HugePages {
+    /// Ordinary pages.
+    Never,
+    /// Transparent huge pages where the kernel grants them; the result is in
+    /// [`RegionKind::Arena`](crate::RegionKind::Arena).
+    #[default]
+    Try,
+    /// 2 MiB pages of the kernel's reserved pool (hugetlbfs), or an error.
+    Require,
+}
+
+/// What peers may do with a region.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RemoteAccess {
+    /// Any connected peer reads and writes any part of it at any time.
+    #[default]
+    Open,
+    /// Only inside a [`Window`](crate::Window), and only what the window covers.
+    WindowOnly,
+    /// Nothing: the region is a local buffer for this agent's own operations.
+    None,
+}
+
+/// Seeded faults, injected into operations of this agent around whatever lane is used.
+///
+/// Probabilities are in `0.0..=1.0` and drawn once per operation, in this order: disconnect, loss,
+/// delay. The same seed and the same order of posts give the same faults.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FaultConfig {
+    /// Seed of the generator.
+    pub seed: u64,
+    /// An operation starts late by a random time up to `delay_max`. Operations that are delayed
+    /// overtake each other: this is also how reordering is injected.
+    pub delay: f64,
+    /// Longest delay.
+    pub delay_max: Duration,
+    /// An operation never starts; its deadline ends it.
+    pub loss: f64,
+    /// The connection breaks instead of starting the operation.
+    pub disconnect: f64,
+}
+
+impl FaultConfig {
+    /// No faults yet, with a seed: set the probabilities that the test wants.
+    #[must_use]
+    pub const fn seeded(seed: u64) -> Self {
+        Self {
+            seed,
+            delay: 0.0,
+            delay_max: Duration::from_millis(2),
+            loss: 0.0,
+            disconnect: 0.0,
+        }
+    }
+
+    fn validate(&self) -> Result<(), AgentError> {
+        for (field, p) in [
+            ("faults.delay", self.delay),
+            ("faults.loss", self.loss),
+            ("faults.disconnect", self.disconnect),
+        ] {
+            if !(0.0..=1.0).contains(&p) {
+                return Err(AgentError::InvalidConfig {
+                    field,
+                    got: p.to_string(),
+                    accepted: "0.0 to 1.0",
+                });
+            }
+        }
+        Ok(())
+    }
+}

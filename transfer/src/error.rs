@@ -1,0 +1,508 @@
+//! Errors, one type per operation. Whether trying again can help is a method, not a guess.
+
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+use crate::config::Lane;
+use crate::memory::RegionId;
+use crate::plan::LayoutError;
+use crate::window::WindowId;
+
+/// Why an agent could not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AgentError {
+    /// A configuration value is out of range.
+    #[error("{field} is {got}; accepted: {accepted}")]
+    InvalidConfig {
+        /// Field of [`AgentConfig`](crate::AgentConfig).
+        field: &'static str,
+        /// The value given.
+        got: String,
+        /// The values accepted.
+        accepted: &'static str,
+    },
+    /// The operating system refused something.
+    #[error("cannot {what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// The system's error.
+        source: io::Error,
+    },
+}
+
+/// Why memory could not be registered or allocated.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RegisterError {
+    /// A region needs at least one byte.
+    #[error("region {label:?} has no bytes")]
+    Empty {
+        /// Label of the region.
+        label: String,
+    },
+    /// The label is too long.
+    #[error("label of {bytes} bytes; accepted: up to 255")]
+    LabelTooLong {
+        /// Length given.
+        bytes: usize,
+    },
+    /// The agent's limit of regions is reached.
+    #[error("{limit} regions are registered, the limit `regions_max`")]
+    TooMany {
+        /// The limit.
+        limit: usize,
+    },
+    /// The operating system refused the memory.
+    #[error("cannot {what} for region {label:?} of {bytes} bytes: {source}")]
+    Memory {
+        /// What was tried.
+        what: &'static str,
+        /// Label of the region.
+        label: String,
+        /// Bytes asked for.
+        bytes: usize,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// The agent is shut down.
+    #[error("the agent is shut down")]
+    AgentStopped,
+}
+
+/// Why no connection to a peer came about.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// No lane worked; each one tried or skipped is listed with its reason.
+    #[error("no lane to agent {peer:?}: {}", reasons(tried))]
+    NoLane {
+        /// Name of the peer.
+        peer: String,
+        /// Lane and reason.
+        tried: Vec<(Lane, String)>,
+    },
+    /// The address answers, but it is a later life of that agent: fetch its metadata again.
+    #[error("metadata of agent {peer:?} is stale: epoch {epoch:#x} is over")]
+    Stale {
+        /// Name of the peer.
+        peer: String,
+        /// Epoch in the metadata.
+        epoch: u64,
+    },
+    /// The limit of peers is reached.
+    #[error("{limit} peers are connected, the limit `peers_max`")]
+    TooMany {
+        /// The limit.
+        limit: usize,
+    },
+    /// This agent is shut down.
+    #[error("the agent is shut down")]
+    AgentStopped,
+}
+
+impl ConnectError {
+    /// Whether the same call may succeed later.
+    #[must_use]
+    pub const fn retryable(&self) -> bool {
+        matches!(self, Self::NoLane { .. } | Self::TooMany { .. })
+    }
+}
+
+fn reasons(tried: &[(Lane, String)]) -> String {
+    if tried.is_empty() {
+        return "both sides have no lane in common".to_owned();
+    }
+    let mut text = String::new();
+    for (i, (lane, reason)) in tried.iter().enumerate() {
+        if i > 0 {
+            text.push_str("; ");
+        }
+        text.push_str(&lane.to_string());
+        text.push_str(": ");
+        text.push_str(reason);
+    }
+    text
+}
+
+/// Which side of an operation an error is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// This agent's memory.
+    Local,
+    /// The peer's memory.
+    Remote,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Local => "local",
+            Self::Remote => "remote",
+        })
+    }
+}
+
+/// Why an operation could not be prepared.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PrepareError {
+    /// Nothing to move.
+    #[error("the operation names no blocks")]
+    Empty,
+    /// The registration belongs to another agent.
+    #[error("region {region} is not registered with this agent")]
+    ForeignRegistration {
+        /// The region.
+        region: RegionId,
+    },
+    /// The peer handle belongs to another agent.
+    #[error("the connection to {peer:?} belongs to another agent")]
+    ForeignPeer {
+        /// Name of the peer.
+        peer: String,
+    },
+    /// All remote blocks of one operation are with one peer.
+    #[error("one operation names several peers")]
+    SeveralPeers,
+    /// The peer has no such region, or has released it.
+    #[error("agent {peer:?} has no region {region}")]
+    UnknownRegion {
+        /// Name of the peer.
+        peer: String,
+        /// The region.
+        region: RegionId,
+    },
+    /// The region is not for peers.
+    #[error("region {region} of agent {peer:?} is closed to peers")]
+    AccessDenied {
+        /// Name of the peer.
+        peer: String,
+        /// The region.
+        region: RegionId,
+    },
+    /// The region is accessible through a window only and none was named.
+    #[error("region {region} of agent {peer:?} needs a window")]
+    WindowRequired {
+        /// Name of the peer.
+        peer: String,
+        /// The region.
+        region: RegionId,
+    },
+    /// The peer has no such window, or has closed it.
+    #[error("window {window} of agent {peer:?} is closed or unknown")]
+    WindowClosed {
+        /// Name of the peer.
+        peer: String,
+        /// The window.
+        window: WindowId,
+    },
+    /// The operation reaches outside of the window, or does what the window does not allow.
+    #[error("outside window {window}: {reason}")]
+    OutsideWindow {
+        /// The window.
+        window: WindowId,
+        /// What reaches outside.
+        reason: String,
+    },
+    /// A layout, id or layer is invalid for its region.
+    #[error("{side} blocks: {source}")]
+    Layout {
+        /// Which side.
+        side: Side,
+        /// What is wrong.
+        source: LayoutError,
+    },
+    /// Both sides must name equally many blocks, layers and bytes.
+    #[error("local and remote differ in {what}: {local} and {remote}")]
+    Mismatch {
+        /// What differs.
+        what: &'static str,
+        /// Local value.
+        local: u64,
+        /// Remote value.
+        remote: u64,
+    },
+    /// Source and destination share bytes, or the destination names bytes twice.
+    #[error("the destination is named twice or overlaps the source at byte {offset}")]
+    Overlap {
+        /// Offset in the destination region.
+        offset: u64,
+    },
+    /// More blocks, sets or bytes than one operation takes.
+    #[error("{what} is {got}; one operation takes up to {limit}")]
+    TooLarge {
+        /// What is too large.
+        what: &'static str,
+        /// The value.
+        got: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// The peer is lost.
+    #[error(transparent)]
+    PeerLost(#[from] PeerLost),
+    /// The peer did not answer a question about its region or window in time.
+    #[error("agent {peer:?} did not answer within {timeout:?}")]
+    TimedOut {
+        /// Name of the peer.
+        peer: String,
+        /// `connect_timeout`.
+        timeout: Duration,
+    },
+    /// The agent is shut down.
+    #[error("the agent is shut down")]
+    AgentStopped,
+}
+
+impl PrepareError {
+    /// Whether the same call may succeed after reconnecting or later.
+    #[must_use]
+    pub const fn retryable(&self) -> bool {
+        matches!(self, Self::PeerLost(_) | Self::TimedOut { .. })
+    }
+}
+
+/// Why an operation could not be posted; nothing was sent.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PostError {
+    /// The peer is lost.
+    #[error(transparent)]
+    PeerLost(#[from] PeerLost),
+    /// The peer has closed the window.
+    #[error("window {window} is closed")]
+    WindowClosed {
+        /// The window.
+        window: WindowId,
+    },
+    /// The peer has released a region that the operation names.
+    #[error("region {region} was released by the peer")]
+    RegionReleased {
+        /// The region.
+        region: RegionId,
+    },
+    /// Too many operations are in flight to this peer.
+    #[error("{limit} operations are in flight to this peer, the limit `posts_max`")]
+    TooManyInFlight {
+        /// The limit.
+        limit: usize,
+    },
+    /// The notification is too large.
+    #[error("notification of {bytes} bytes; accepted: up to {limit} (`notification_bytes_max`)")]
+    NotificationTooLarge {
+        /// Its size.
+        bytes: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// The peer handle belongs to another agent.
+    #[error("the connection to {peer:?} belongs to another agent")]
+    ForeignPeer {
+        /// Name of the peer.
+        peer: String,
+    },
+    /// The agent is shut down.
+    #[error("the agent is shut down")]
+    AgentStopped,
+}
+
+impl PostError {
+    /// Whether the same call may succeed later (for a lost peer: after reconnecting).
+    #[must_use]
+    pub const fn retryable(&self) -> bool {
+        matches!(self, Self::PeerLost(_) | Self::TooManyInFlight { .. })
+    }
+}
+
+/// A peer is gone, and how it was noticed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("agent {peer:?} (epoch {epoch:#x}) is lost: {cause}")]
+pub struct PeerLost {
+    /// Name of the peer.
+    pub peer: String,
+    /// Epoch of the peer.
+    pub epoch: u64,
+    /// How it was noticed.
+    pub cause: LossCause,
+}
+
+/// How the loss of a peer was noticed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LossCause {
+    /// The peer closed the connection.
+    #[error("it closed the connection")]
+    Closed,
+    /// The connection broke.
+    #[error("the connection broke: {0}")]
+    Broken(String),
+    /// Its process ended.
+    #[error("its process ended")]
+    ProcessExited,
+    /// Nothing was heard from it for `peer_loss_timeout`.
+    #[error("nothing was heard from it for {0:?}")]
+    Silent(Duration),
+    /// A later life of the agent took its place.
+    #[error("epoch {0:#x} took its place")]
+    Replaced(u64),
+    /// It sent something that the protocol does not allow.
+    #[error("it broke the protocol: {0}")]
+    Protocol(String),
+    /// This agent disconnected or shut down.
+    #[error("this agent disconnected")]
+    Disconnected,
+    /// An injected fault.
+    #[error("injected fault")]
+    Injected,
+}
+
+/// Why a transfer did not succeed. Once it is reported, the transfer neither reads nor writes
+/// local memory any more.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum TransferError {
+    /// The peer is lost.
+    #[error(transparent)]
+    PeerLost(#[from] PeerLost),
+    /// The deadline given to `post` passed.
+    #[error("not done within {deadline:?}")]
+    DeadlineExceeded {
+        /// The deadline given.
+        deadline: Duration,
+    },
+    /// Cancelled, or its handle was dropped.
+    #[error("cancelled")]
+    Cancelled,
+    /// The peer closed the window while bytes were moving.
+    #[error("window {window} was closed")]
+    WindowClosed {
+        /// The window.
+        window: WindowId,
+    },
+    /// The peer refused.
+    #[error("the peer refused: {0}")]
+    Rejected(Rejection),
+    /// `wait` gave up; the transfer itself goes on.
+    #[error("still in flight after waiting {waited:?}")]
+    StillInFlight {
+        /// How long was waited.
+        waited: Duration,
+    },
+}
+
+impl TransferError {
+    /// Whether posting again may succeed (for a lost peer: after reconnecting).
+    #[must_use]
+    pub const fn retryable(&self) -> bool {
+        match self {
+            Self::PeerLost(_) | Self::DeadlineExceeded { .. } | Self::StillInFlight { .. } => true,
+            Self::Rejected(rejection) => rejection.retryable(),
+            Self::Cancelled | Self::WindowClosed { .. } => false,
+        }
+    }
+}
+
+/// What a peer refuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Rejection {
+    /// Its queue of notifications is full; the bytes of the transfer are in place.
+    #[error("its notification queue is full")]
+    NotificationQueueFull,
+    /// The notification is larger than it accepts; the bytes of the transfer are in place.
+    #[error("the notification is larger than it accepts")]
+    NotificationTooLarge,
+    /// It has no such region, or has released it.
+    #[error("it has no such region")]
+    UnknownRegion,
+    /// The region is closed to peers or needs a window.
+    #[error("the region is not accessible that way")]
+    AccessDenied,
+    /// Blocks, layers or layout do not fit the region or the window.
+    #[error("the blocks do not fit its region or window")]
+    OutOfBounds,
+    /// Too many operations wait at its side.
+    #[error("it has too many operations waiting")]
+    Busy,
+    /// It is shutting down.
+    #[error("it is shutting down")]
+    Stopping,
+}
+
+impl Rejection {
+    /// Whether trying again can help.
+    #[must_use]
+    pub const fn retryable(self) -> bool {
+        matches!(self, Self::NotificationQueueFull | Self::Busy)
+    }
+}
+
+/// Why a window could not be opened.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum WindowError {
+    /// The registration belongs to another agent.
+    #[error("region {region} is not registered with this agent")]
+    ForeignRegistration {
+        /// The region.
+        region: RegionId,
+    },
+    /// The region allows nothing to peers.
+    #[error("region {region} is closed to peers")]
+    AccessDenied {
+        /// The region.
+        region: RegionId,
+    },
+    /// The scope does not fit the region.
+    #[error("window scope: {0}")]
+    Layout(#[from] LayoutError),
+    /// The limit of windows is reached.
+    #[error("{limit} windows are open, the limit `windows_max`")]
+    TooMany {
+        /// The limit.
+        limit: usize,
+    },
+    /// The agent is shut down.
+    #[error("the agent is shut down")]
+    AgentStopped,
+}
+
+/// Why metadata bytes are not metadata.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum MetadataError {
+    /// Shorter than its own lengths say.
+    #[error("truncated at byte {at}")]
+    Truncated {
+        /// Where the bytes ended.
+        at: usize,
+    },
+    /// Does not begin like metadata.
+    #[error("not agent metadata")]
+    Magic,
+    /// A version that this build does not read.
+    #[error("version {got}; this build reads {accepted}")]
+    Version {
+        /// Version found.
+        got: u16,
+        /// Version accepted.
+        accepted: u16,
+    },
+    /// Damaged.
+    #[error("checksum mismatch")]
+    Checksum,
+    /// A field is out of its bounds.
+    #[error("field {field} is invalid")]
+    Field {
+        /// Name of the field.
+        field: &'static str,
+    },
+}
+
+/// The agent is shut down and nothing is left to receive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the agent is shut down")]
+pub struct AgentStopped;

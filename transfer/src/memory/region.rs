@@ -1,0 +1,345 @@
+//! Regions and their registrations.
+
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::arena;
+use super::mapping::Mapping;
+use crate::config::{ArenaConfig, RemoteAccess};
+use crate::error::RegisterError;
+use crate::plan::LayoutError;
+
+/// Names a region of one agent in one epoch; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RegionId(pub u64);
+
+impl fmt::Display for RegionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// What a region is made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RegionKind {
+    /// A memory file that peers on this host can map.
+    Arena {
+        /// What became of the wish for huge pages.
+        huge_pages: HugePageUse,
+    },
+    /// Ordinary memory of this process; peers reach it through a socket.
+    Host,
+}
+
+/// What became of the wish for huge pages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HugePageUse {
+    /// None were asked for.
+    NotAsked,
+    /// The kernel was asked and its policy allows them.
+    Advised,
+    /// They come from the reserved pool.
+    Reserved,
+    /// Ordinary pages, and why.
+    Unavailable(String),
+}
+
+/// Memory of this process to be registered.
+#[derive(Debug)]
+pub struct HostMemory(pub(crate) Backing);
+
+impl HostMemory {
+    /// Memory that somebody else owns.
+    ///
+    /// # Safety
+    /// `base..base + bytes` must stay valid for reads and writes until the registration and all
+    /// transfers that name it are gone, and no reference into it may be live while a transfer or a
+    /// peer can touch it.
+    #[must_use]
+    pub const unsafe fn from_raw(base: NonNull<u8>, bytes: usize) -> Self {
+        Self(Backing::Foreign { base, bytes })
+    }
+}
+
+impl From<Vec<u8>> for HostMemory {
+    fn from(memory: Vec<u8>) -> Self {
+        memory.into_boxed_slice().into()
+    }
+}
+
+impl From<Box<[u8]>> for HostMemory {
+    fn from(memory: Box<[u8]>) -> Self {
+        let bytes = memory.len();
+        // A raw pointer from here on: no reference to these bytes exists until they are freed.
+        let base = NonNull::from(Box::leak(memory)).cast::<u8>();
+        Self(Backing::Owned { base, bytes })
+    }
+}
+
+/// Where the bytes live and who frees them.
+#[derive(Debug)]
+pub(crate) enum Backing {
+    Arena {
+        fd: OwnedFd,
+        mapping: Mapping,
+        huge_pages: HugePageUse,
+    },
+    Owned {
+        base: NonNull<u8>,
+        bytes: usize,
+    },
+    Foreign {
+        base: NonNull<u8>,
+        bytes: usize,
+    },
+}
+
+// SAFETY: an address range without thread affinity; all access is through raw pointers.
+unsafe impl Send for Backing {}
+// SAFETY: as above; the struct itself is never mutated.
+unsafe impl Sync for Backing {}
+
+impl Drop for Backing {
+    fn drop(&mut self) {
+        if let Self::Owned { base, bytes } = *self {
+            let slice = std::ptr::slice_from_raw_parts_mut(base.as_ptr(), bytes);
+            // SAFETY: this is the pointer and length of the boxed slice that was leaked when the
+            // memory came in, and the last user of the region is gone.
+            drop(unsafe { Box::from_raw(slice) });
+        }
+    }
+}
+
+/// Registered memory. Lives as long as anything names it.
+#[derive(Debug)]
+pub(crate) struct Region {
+    pub(crate) id: RegionId,
+    pub(crate) label: Box<str>,
+    pub(crate) access: RemoteAccess,
+    pub(crate) len: usize,
+    base: NonNull<u8>,
+    backing: Backing,
+    released: AtomicBool,
+}
+
+// SAFETY: `base` points into `backing`, which may be used from any thread.
+unsafe impl Send for Region {}
+// SAFETY: as above; interior state is atomic.
+unsafe impl Sync for Region {}
+
+impl Region {
+    pub(crate) fn host(
+        id: RegionId,
+        memory: HostMemory,
+        access: RemoteAccess,
+    ) -> Result<Self, RegisterError> {
+        let (base, len) = match memory.0 {
+            Backing::Owned { base, bytes } | Backing::Foreign { base, bytes } => (base, bytes),
+            Backing::Arena { ref mapping, .. } => (mapping.base(), mapping.bytes()),
+        };
+        let label = String::from("host");
+        if len == 0 {
+            return Err(RegisterError::Empty { label });
+        }
+        let released = AtomicBool::new(false);
+        Ok(Self {
+            id,
+            label: label.into(),
+            access,
+            len,
+            base,
+            backing: memory.0,
+            released,
+        })
+    }
+
+    pub(crate) fn arena(id: RegionId, config: &ArenaConfig) -> Result<Self, RegisterError> {
+        let ArenaConfig {
+            bytes,
+            ref label,
+            huge_pages,
+            access,
+        } = *config;
+        if label.len() > 255 {
+            return Err(RegisterError::LabelTooLong { bytes: label.len() });
+        }
+        if bytes == 0 {
+            return Err(RegisterError::Empty {
+                label: label.clone(),
+            });
+        }
+        let (fd, mapping, huge_pages) =
+            arena::create(label, bytes, huge_pages).map_err(|(what, source)| {
+                RegisterError::Memory {
+                    what,
+                    label: label.clone(),
+                    bytes,
+                    source,
+                }
+            })?;
+        Ok(Self {
+            id,
+            label: label.as_str().into(),
+            access,
+            len: bytes,
+            base: mapping.base(),
+            backing: Backing::Arena {
+                fd,
+                mapping,
+                huge_pages,
+            },
+            released: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn base(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    pub(crate) fn kind(&self) -> RegionKind {
+        match &self.backing {
+            Backing::Arena { huge_pages, .. } => RegionKind::Arena {
+                huge_pages: huge_pages.clone(),
+            },
+            Backing::Owned { .. } | Backing::Foreign { .. } => RegionKind::Host,
+        }
+    }
+
+    /// The memory file, if peers can map this region.
+    pub(crate) fn file(&self) -> Option<&OwnedFd> {
+        match &self.backing {
+            Backing::Arena { fd, .. } => Some(fd),
+            Backing::Owned { .. } | Backing::Foreign { .. } => None,
+        }
+    }
+
+    pub(crate) fn release(&self) {
+        self.released.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn released(&self) -> bool {
+        self.released.load(Ordering::Acquire)
+    }
+}
+
+/// Who is told when a registration ends.
+pub(crate) trait RegionOwner: Send + Sync {
+    fn release(&self, region: &Region);
+}
+
+/// Registered memory. Cloning shares it; peers can name it until the last clone is gone, and the
+/// memory itself stays until the last transfer that names it is gone as well.
+#[derive(Clone)]
+pub struct Registration {
+    inner: Arc<RegistrationInner>,
+}
+
+struct RegistrationInner {
+    region: Arc<Region>,
+    owner: Arc<dyn RegionOwner>,
+}
+
+impl Registration {
+    pub(crate) fn new(region: Arc<Region>, owner: Arc<dyn RegionOwner>) -> Self {
+        Self {
+            inner: Arc::new(RegistrationInner { region, owner }),
+        }
+    }
+
+    pub(crate) fn region(&self) -> &Arc<Region> {
+        &self.inner.region
+    }
+
+    /// Whether `owner` made this registration.
+    pub(crate) fn owned_by(&self, owner: *const ()) -> bool {
+        std::ptr::eq(Arc::as_ptr(&self.inner.owner).cast::<()>(), owner)
+    }
+
+    /// How peers name this region.
+    #[must_use]
+    pub fn id(&self) -> RegionId {
+        self.region().id
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "a region is never empty")]
+    pub fn len(&self) -> usize {
+        self.region().len
+    }
+
+    /// First byte. Peers and transfers may write behind it at any time: use raw pointers, and form
+    /// references only to parts that nothing else can touch (blocks outside of every open window).
+    #[must_use]
+    pub fn base_ptr(&self) -> NonNull<u8> {
+        self.region().base
+    }
+
+    /// Name in logs.
+    #[must_use]
+    pub fn label(&self) -> &str {
+        &self.region().label
+    }
+
+    /// What the region is made of.
+    #[must_use]
+    pub fn kind(&self) -> RegionKind {
+        self.region().kind()
+    }
+
+    /// What peers may do.
+    #[must_use]
+    pub fn access(&self) -> RemoteAccess {
+        self.region().access
+    }
+
+    /// Copies bytes out of the region. Bytes that a transfer or a peer writes at the same moment
+    /// come out unspecified.
+    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), LayoutError> {
+        let from = self.pointer(offset, into.len())?;
+        // SAFETY: in bounds of a region that `self` keeps mapped; `into` is a Rust slice of its own.
+        unsafe { super::copy_bytes(from, into.as_mut_ptr(), into.len()) };
+        Ok(())
+    }
+
+    /// Copies bytes into the region. Bytes that a transfer or a peer touches at the same moment
+    /// are unspecified there.
+    pub fn write_at(&self, offset: u64, from: &[u8]) -> Result<(), LayoutError> {
+        let to = self.pointer(offset, from.len())?;
+        // SAFETY: in bounds of a region that `self` keeps mapped; `from` is a Rust slice of its own.
+        unsafe { super::copy_bytes(from.as_ptr(), to, from.len()) };
+        Ok(())
+    }
+
+    fn pointer(&self, offset: u64, bytes: usize) -> Result<*mut u8, LayoutError> {
+        let region_bytes = self.len() as u64;
+        let end = offset.checked_add(bytes as u64).unwrap_or(u64::MAX);
+        if end > region_bytes {
+            return Err(LayoutError::OutOfRegion { end, region_bytes });
+        }
+        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+        // SAFETY: `offset <= len`, so the result stays inside (or one past) the region.
+        Ok(unsafe { self.region().base().add(offset) })
+    }
+}
+
+impl fmt::Debug for Registration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Registration")
+            .field("id", &self.id())
+            .field("label", &self.label())
+            .field("len", &self.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for RegistrationInner {
+    fn drop(&mut self) {
+        self.region.release();
+        self.owner.release(&self.region);
+    }
+}

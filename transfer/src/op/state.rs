@@ -1,0 +1,275 @@
+//! Life of one posted operation.
+//!
+//! `Moving` (bytes) -> `Notifying` (if a notification is bound) -> `Finished`. A verdict (cancel,
+//! deadline, lost peer, closed window, refusal) given while bytes move ends the operation when the
+//! gate reports that nothing is left: an error is never visible while bytes can still move.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::task::Waker;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use parking_lot::{Condvar, Mutex};
+
+use super::gate::Gate;
+use super::prepare::Work;
+use crate::agent::{Core, Session, TimerKey};
+use crate::error::TransferError;
+
+/// Where the notification of an operation stands, for the FIFO of its session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Turn {
+    /// Its bytes are not in place yet.
+    Waiting = 0,
+    /// To be sent when its turn comes.
+    Ready = 1,
+    /// The operation ended without it.
+    Dropped = 2,
+    /// On its way.
+    Sent = 3,
+}
+
+pub(crate) struct TransferState {
+    pub(crate) id: u64,
+    pub(crate) core: Arc<Core>,
+    pub(crate) session: Arc<Session>,
+    /// None for a standalone notification.
+    pub(crate) work: Option<Arc<Work>>,
+    pub(crate) notification: Option<Bytes>,
+    pub(crate) deadline: Duration,
+    gate: Gate,
+    turn: AtomicU8,
+    started: AtomicBool,
+    cell: Mutex<Cell>,
+    done: Condvar,
+}
+
+impl std::fmt::Debug for TransferState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TransferState")
+            .field("id", &self.id)
+            .field("phase", &self.cell.lock().phase)
+            .finish_non_exhaustive()
+    }
+}
+
+struct Cell {
+    phase: Phase,
+    verdict: Option<TransferError>,
+    timer: Option<TimerKey>,
+    wakers: Vec<Waker>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    Moving,
+    Notifying,
+    Finished(Result<(), TransferError>),
+}
+
+impl TransferState {
+    pub(crate) fn new(
+        core: Arc<Core>,
+        session: Arc<Session>,
+        work: Option<Arc<Work>>,
+        notification: Option<Bytes>,
+        deadline: Duration,
+    ) -> Arc<Self> {
+        let parts = work.as_ref().map_or(0, |work| work.parts);
+        Arc::new(Self {
+            id: core.next_operation(),
+            core,
+            session,
+            work,
+            notification,
+            deadline,
+            gate: Gate::new(parts),
+            turn: AtomicU8::new(Turn::Waiting as u8),
+            started: AtomicBool::new(false),
+            cell: Mutex::new(Cell {
+                phase: Phase::Moving,
+                verdict: None,
+                timer: None,
+                wakers: Vec::new(),
+            }),
+            done: Condvar::new(),
+        })
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        self.cell.lock().phase.clone()
+    }
+
+    pub(crate) fn set_timer(&self, timer: TimerKey) {
+        self.cell.lock().timer = Some(timer);
+    }
+
+    /// Waits for the end; `None` when `until` passes first.
+    pub(crate) fn wait_until(&self, until: Instant) -> Option<Result<(), TransferError>> {
+        let mut cell = self.cell.lock();
+        loop {
+            if let Phase::Finished(outcome) = &cell.phase {
+                return Some(outcome.clone());
+            }
+            if self.done.wait_until(&mut cell, until).timed_out() {
+                return match &cell.phase {
+                    Phase::Finished(outcome) => Some(outcome.clone()),
+                    Phase::Moving | Phase::Notifying => None,
+                };
+            }
+        }
+    }
+
+    /// The outcome, or registers the waker.
+    pub(crate) fn poll(&self, waker: &Waker) -> Option<Result<(), TransferError>> {
+        let mut cell = self.cell.lock();
+        if let Phase::Finished(outcome) = &cell.phase {
+            return Some(outcome.clone());
+        }
+        if !cell.wakers.iter().any(|known| known.will_wake(waker)) {
+            cell.wakers.push(waker.clone());
+        }
+        None
+    }
+
+    /// The copy workers may take parts from now on.
+    pub(crate) fn start_copying(&self) {
+        self.started.store(true, Ordering::Release);
+    }
+
+    /// Copies parts until none is left to claim. Any thread may help.
+    pub(crate) fn copy_parts(self: &Arc<Self>) {
+        let Some(work) = &self.work else { return };
+        if !self.started.load(Ordering::Acquire) {
+            return;
+        }
+        while let Some(part) = self.gate.claim() {
+            work.copy_part(part);
+            self.part_done();
+        }
+    }
+
+    /// The next part for a backend that moves bytes itself; each is answered by one
+    /// [`Self::part_done`].
+    pub(crate) fn claim_part(&self) -> Option<u32> {
+        self.gate.claim()
+    }
+
+    /// Whether the rest of the bytes need not move.
+    pub(crate) fn called_off(&self) -> bool {
+        self.gate.stopped()
+    }
+
+    pub(crate) fn part_done(self: &Arc<Self>) {
+        if self.gate.finish() {
+            self.bytes_quiet();
+        }
+    }
+
+    /// No byte moves any more: all are in place, or the rest was called off.
+    pub(crate) fn bytes_quiet(self: &Arc<Self>) {
+        let mut cell = self.cell.lock();
+        if let Some(error) = cell.verdict.take() {
+            drop(cell);
+            self.turn.store(Turn::Dropped as u8, Ordering::Release);
+            self.finish(Err(error));
+        } else if self.notification.is_some() {
+            cell.phase = Phase::Notifying;
+            drop(cell);
+            // A stop may have come in between; it has finished the operation then.
+            let _ = self.turn.compare_exchange(
+                Turn::Waiting as u8,
+                Turn::Ready as u8,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            );
+        } else {
+            drop(cell);
+            self.finish(Ok(()));
+            return;
+        }
+        if self.notification.is_some() {
+            self.session.send_due_notifications();
+        }
+    }
+
+    /// Ends the operation with `error` as soon as no byte moves any more.
+    pub(crate) fn stop(self: &Arc<Self>, error: TransferError) {
+        let mut cell = self.cell.lock();
+        match cell.phase {
+            Phase::Moving => {
+                if cell.verdict.is_some() {
+                    return;
+                }
+                cell.verdict = Some(error);
+                drop(cell);
+                if self.gate.stop() {
+                    self.bytes_quiet();
+                } else {
+                    self.session.backend().stop(self);
+                }
+            }
+            Phase::Notifying => {
+                drop(cell);
+                self.turn.store(Turn::Dropped as u8, Ordering::Release);
+                self.finish(Err(error));
+                self.session.send_due_notifications();
+            }
+            Phase::Finished(_) => {}
+        }
+    }
+
+    /// The peer's answer to the notification.
+    pub(crate) fn notified(self: &Arc<Self>, outcome: Result<(), TransferError>) {
+        if self.cell.lock().phase == Phase::Notifying {
+            self.finish(outcome);
+        }
+    }
+
+    pub(crate) fn turn(&self) -> Turn {
+        match self.turn.load(Ordering::Acquire) {
+            0 => Turn::Waiting,
+            1 => Turn::Ready,
+            2 => Turn::Dropped,
+            _ => Turn::Sent,
+        }
+    }
+
+    /// Takes the turn to be sent; false when the operation ended meanwhile.
+    pub(crate) fn take_turn(&self) -> bool {
+        self.turn
+            .compare_exchange(
+                Turn::Ready as u8,
+                Turn::Sent as u8,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            )
+            .is_ok()
+    }
+
+    fn finish(&self, outcome: Result<(), TransferError>) {
+        let mut cell = self.cell.lock();
+        if matches!(cell.phase, Phase::Finished(_)) {
+            return;
+        }
+        cell.phase = Phase::Finished(outcome.clone());
+        let wakers = std::mem::take(&mut cell.wakers);
+        let timer = cell.timer.take();
+        drop(cell);
+        self.session.retire(self.id);
+        if let Some(timer) = timer {
+            self.core.timers.cancel(timer);
+        }
+        let bytes = self.work.as_ref().map_or(0, |work| {
+            if let Some(grant) = &work.grant {
+                grant.end();
+            }
+            work.plan.bytes
+        });
+        self.core.counters.finished(&outcome, bytes);
+        self.done.notify_all();
+        wakers.into_iter().for_each(Waker::wake);
+    }
+}

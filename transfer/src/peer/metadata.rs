@@ -1,0 +1,315 @@
+//! The metadata blob: who an agent is, where it listens, what it has registered.
+//!
+//! Layout (all integers little-endian): `"BPMD"`, version u16, reserved u16, length of the payload
+//! u32, CRC-32C of the payload u32, payload. The wire document describes the payload byte by byte.
+
+use std::sync::Arc;
+
+use super::codec::{Reader, Short, Writer};
+use crate::config::RemoteAccess;
+use crate::error::MetadataError;
+use crate::memory::{Region, RegionId, RegionKind};
+
+const MAGIC: &[u8; 4] = b"BPMD";
+const VERSION: u16 = 1;
+const HEADER_BYTES: usize = 16;
+/// Larger blobs are refused before anything else is looked at.
+const BYTES_MAX: usize = 16 << 20;
+/// Smallest encoding of one region: id, length, access, kind, empty label.
+const REGION_BYTES_MIN: usize = 20;
+
+/// What a peer needs to connect. Opaque on the wire ([`Metadata::to_bytes`]); carry it with any
+/// discovery or message system.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Metadata {
+    name: Arc<str>,
+    epoch: u64,
+    addresses: Addresses,
+    regions: Vec<RegionInfo>,
+}
+
+/// Where an agent can be reached.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Addresses {
+    /// Identifies the running kernel: peers with the same value share a host.
+    pub(crate) host: [u8; 16],
+    /// `host:port` of the TCP lane.
+    pub(crate) tcp: Option<String>,
+    /// Path of the Unix socket of the shm lane.
+    pub(crate) shm: Option<String>,
+}
+
+/// A region in metadata.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegionInfo {
+    /// How to name it in operations.
+    pub id: RegionId,
+    /// Length in bytes.
+    pub len: u64,
+    /// What peers may do.
+    pub access: RemoteAccess,
+    /// Whether peers on the host can map it.
+    pub mappable: bool,
+    /// Name in logs.
+    pub label: String,
+}
+
+impl RegionInfo {
+    pub(crate) fn of(region: &Region) -> Self {
+        Self {
+            id: region.id,
+            len: region.len as u64,
+            access: region.access,
+            mappable: matches!(region.kind(), RegionKind::Arena { .. }),
+            label: region.label.as_ref().to_owned(),
+        }
+    }
+}
+
+impl Metadata {
+    pub(crate) const fn new(
+        name: Arc<str>,
+        epoch: u64,
+        addresses: Addresses,
+        regions: Vec<RegionInfo>,
+    ) -> Self {
+        Self {
+            name,
+            epoch,
+            addresses,
+            regions,
+        }
+    }
+
+    /// Name of the agent.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its epoch: a restarted agent has another one.
+    #[must_use]
+    pub const fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Regions that were registered, and open to peers, when the metadata was made.
+    #[must_use]
+    pub fn regions(&self) -> &[RegionInfo] {
+        &self.regions
+    }
+
+    pub(crate) const fn addresses(&self) -> &Addresses {
+        &self.addresses
+    }
+
+    /// The blob.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut payload = Writer::default();
+        payload.u64(self.epoch);
+        payload.bytes.extend_from_slice(&self.addresses.host);
+        payload.text(&self.name);
+        for address in [&self.addresses.tcp, &self.addresses.shm] {
+            payload.text(address.as_deref().unwrap_or_default());
+        }
+        payload.u32(u32::try_from(self.regions.len()).unwrap_or(u32::MAX));
+        for region in &self.regions {
+            payload.u64(region.id.0);
+            payload.u64(region.len);
+            payload.u8(access_code(region.access));
+            payload.u8(u8::from(region.mappable));
+            payload.text(&region.label);
+        }
+        let payload = payload.bytes;
+        let mut blob = Writer {
+            bytes: Vec::with_capacity(HEADER_BYTES + payload.len()),
+        };
+        blob.bytes.extend_from_slice(MAGIC);
+        blob.u16(VERSION);
+        blob.u16(0);
+        blob.u32(u32::try_from(payload.len()).unwrap_or(u32::MAX));
+        blob.u32(crc32c::crc32c(&payload));
+        blob.bytes.extend_from_slice(&payload);
+        blob.bytes
+    }
+
+    /// Reads a blob. Safe on any input: nothing is allocated beyond a small multiple of its length.
+    ///
+    /// # Errors
+    /// Says what is wrong and where.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, MetadataError> {
+        if bytes.len() > BYTES_MAX {
+            return Err(MetadataError::Field { field: "length" });
+        }
+        let mut header = Reader::new(bytes);
+        if header.take(4)? != MAGIC {
+            return Err(MetadataError::Magic);
+        }
+        let got = header.u16()?;
+        if got != VERSION {
+            return Err(MetadataError::Version {
+                got,
+                accepted: VERSION,
+            });
+        }
+        header.u16()?;
+        let len = header.u32()?;
+        let checksum = header.u32()?;
+        let payload = header.take(usize::try_from(len).unwrap_or(usize::MAX))?;
+        if header.remaining() > 0 {
+            return Err(MetadataError::Field { field: "length" });
+        }
+        if crc32c::crc32c(payload) != checksum {
+            return Err(MetadataError::Checksum);
+        }
+        Self::payload(&mut Reader::new(payload))
+    }
+
+    fn payload(reader: &mut Reader<'_>) -> Result<Self, MetadataError> {
+        let invalid = |field| MetadataError::Field { field };
+        let epoch = reader.u64()?;
+        let mut host = [0; 16];
+        host.copy_from_slice(reader.take(16)?);
+        let name = reader.text()?.ok_or_else(|| invalid("name"))?;
+        if !(1..=255).contains(&name.len()) {
+            return Err(invalid("name"));
+        }
+        let mut address = |field| match reader.text() {
+            Ok(Some("")) => Ok(None),
+            Ok(Some(text)) if text.len() <= 4096 => Ok(Some(text.to_owned())),
+            Ok(_) => Err(invalid(field)),
+            Err(short) => Err(short.into()),
+        };
+        let tcp = address("tcp address")?;
+        let shm = address("shm address")?;
+        let count = usize::try_from(reader.u32()?).unwrap_or(usize::MAX);
+        if count > reader.remaining() / REGION_BYTES_MIN {
+            return Err(invalid("regions"));
+        }
+        let mut regions = Vec::with_capacity(count);
+        for _ in 0..count {
+            regions.push(RegionInfo {
+                id: RegionId(reader.u64()?),
+                len: reader.u64()?,
+                access: access_from(reader.u8()?).ok_or_else(|| invalid("access"))?,
+                mappable: reader.u8()? != 0,
+                label: reader.text()?.ok_or_else(|| invalid("label"))?.to_owned(),
+            });
+        }
+        if reader.remaining() > 0 {
+            return Err(invalid("regions"));
+        }
+        Ok(Self {
+            name: name.into(),
+            epoch,
+            addresses: Addresses { host, tcp, shm },
+            regions,
+        })
+    }
+}
+
+impl From<Short> for MetadataError {
+    fn from(short: Short) -> Self {
+        Self::Truncated { at: short.at }
+    }
+}
+
+pub(crate) const fn access_code(access: RemoteAccess) -> u8 {
+    match access {
+        RemoteAccess::Open => 0,
+        RemoteAccess::WindowOnly => 1,
+        RemoteAccess::None => 2,
+    }
+}
+
+pub(crate) const fn access_from(code: u8) -> Option<RemoteAccess> {
+    match code {
+        0 => Some(RemoteAccess::Open),
+        1 => Some(RemoteAccess::WindowOnly),
+        2 => Some(RemoteAccess::None),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn sample() -> Metadata {
+        Metadata::new(
+            "decode-0".into(),
+            0x1234_5678_9abc_def0,
+            Addresses {
+                host: [7; 16],
+                tcp: Some("127.0.0.1:4000".into()),
+                shm: Some("/tmp/x.sock".into()),
+            },
+            vec![RegionInfo {
+                id: RegionId(3),
+                len: 1 << 30,
+                access: RemoteAccess::WindowOnly,
+                mappable: true,
+                label: "kv".into(),
+            }],
+        )
+    }
+
+    #[test]
+    fn survives_the_wire() {
+        let metadata = sample();
+        assert_eq!(Metadata::from_bytes(&metadata.to_bytes()), Ok(metadata));
+    }
+
+    #[test]
+    fn every_truncation_is_refused() {
+        let bytes = sample().to_bytes();
+        for len in 0..bytes.len() {
+            assert!(Metadata::from_bytes(&bytes[..len]).is_err(), "{len} bytes");
+        }
+        let mut longer = bytes.clone();
+        longer.push(0);
+        assert!(Metadata::from_bytes(&longer).is_err());
+    }
+
+    #[test]
+    fn a_huge_count_allocates_nothing() {
+        let mut bytes = sample().to_bytes();
+        // The count sits in front of the only region: 20 bytes and its label of 2.
+        let at = bytes.len() - 22 - 4;
+        bytes[at..at + 4].copy_from_slice(&u32::MAX.to_le_bytes());
+        let checksum = crc32c::crc32c(&bytes[HEADER_BYTES..]);
+        bytes[12..16].copy_from_slice(&checksum.to_le_bytes());
+        assert_eq!(
+            Metadata::from_bytes(&bytes),
+            Err(MetadataError::Field { field: "regions" })
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_damage_is_an_error_and_never_a_panic(at in 0usize..90, flip in 1u8..=255) {
+            let mut bytes = sample().to_bytes();
+            let at = at % bytes.len();
+            bytes[at] ^= flip;
+            // Two reserved bytes carry no meaning.
+            if !(6..8).contains(&at) {
+                prop_assert!(Metadata::from_bytes(&bytes).is_err());
+            }
+        }
+
+        #[test]
+        fn payloads_of_noise_never_panic(noise in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let mut blob = Writer::default();
+            blob.bytes.extend_from_slice(MAGIC);
+            blob.u16(VERSION);
+            blob.u16(0);
+            blob.u32(u32::try_from(noise.len()).unwrap());
+            blob.u32(crc32c::crc32c(&noise));
+            blob.bytes.extend_from_slice(&noise);
+            let _ = Metadata::from_bytes(&blob.bytes);
+        }
+    }
+}

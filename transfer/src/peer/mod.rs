@@ -1,0 +1,9 @@
+//! What agents tell each other about themselves.
+
+mod codec;
+mod metadata;
+
+pub use metadata::{Metadata, RegionInfo};
+
+pub(crate) use codec::{Reader, Writer};
+pub(crate) use metadata::Addresses;
