@@ -16,8 +16,8 @@ const LOOK: Duration = Duration::from_secs(5);
 pub struct Health {
     /// Whether a request would be served.
     pub ready: bool,
-    /// Why (not).
-    pub reason: String,
+    /// Why not.
+    pub reasons: String,
     /// The workers that the frontend knows.
     pub workers: Vec<Worker>,
 }
@@ -50,8 +50,8 @@ impl Health {
             .and_then(Value::as_array)
             .with_context(|| format!("/health has no workers: {value}"))?;
         Ok(Self {
-            ready: value.get("ready").and_then(Value::as_bool).unwrap_or(false),
-            reason: text(&value, "reason"),
+            ready: value.get("status").is_some_and(|status| status == "ready"),
+            reasons: text(&value, "reasons"),
             workers: workers
                 .iter()
                 .map(Worker::from_json)

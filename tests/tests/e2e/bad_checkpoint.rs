@@ -1,4 +1,5 @@
-//! Checkpoints that cannot be served: the worker ends with one clear error.
+//! Checkpoints that cannot be served. What the worker reads ends the worker with one clear error; what
+//! the frontend reads (tokenizer, template) keeps it from being ready, with the reason in `/health`.
 
 use std::{
     fs,
@@ -6,7 +7,15 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use blockplane_tests::{Cluster, ClusterBuilder, cluster::STOP, fixtures};
+use blockplane_tests::{
+    Cluster, ClusterBuilder,
+    cluster::{START, STOP},
+    fixtures,
+    health::Health,
+    requests,
+    traffic::LIMIT,
+    wait,
+};
 use serde_json::{Value, json};
 
 /// A change to a good checkpoint, and words that the error has to hold.
@@ -26,11 +35,6 @@ const CASES: &[Case] = &[
         "no config",
         |folder| remove(folder, "config.json"),
         &["config.json"],
-    ),
-    (
-        "no tokenizer",
-        |folder| remove(folder, "tokenizer.json"),
-        &["tokenizer.json"],
     ),
     (
         "truncated weights",
@@ -80,12 +84,6 @@ const CASES: &[Case] = &[
         |folder| in_config(folder, "num_key_value_heads", &json!(0)),
         &["num_key_value_heads"],
     ),
-    (
-        "broken tokenizer",
-        |folder| write(folder, "tokenizer.json", b"{\"model\": {}}"),
-        &["tokenizer.json"],
-    ),
-    ("broken template", break_template, &["template"]),
 ];
 
 #[test]
@@ -128,6 +126,79 @@ fn up_shows_why_a_worker_does_not_start() -> Result<()> {
     ensure!(line.contains("safetensors"), "{line}");
     cluster.adopt(blockplane_tests::Role::Frontend, up);
     cluster.stop()
+}
+
+/// A tokenizer that cannot be used: not ready, and both places that are asked say why.
+#[test]
+fn a_bad_tokenizer_is_the_reason_for_not_being_ready() -> Result<()> {
+    let broken: &[u8] = b"{\"model\": {}}";
+    for text in [None, Some(broken), Some(b"\xff\xfe"), Some(b"")] {
+        let mut cluster = ClusterBuilder::new().empty()?;
+        let folder = copy(&fixtures::checkpoint("qwen3")?, &cluster)?;
+        match text {
+            None => remove(&folder, "tokenizer.json")?,
+            Some(text) => write(&folder, "tokenizer.json", text)?,
+        }
+        start(&mut cluster, &folder)?;
+        let client = cluster.client();
+        let health = wait::until(
+            "the frontend to know the worker",
+            START,
+            || match Health::read(&client) {
+                Ok(health) if health.count("aggregated") == 1 => Ok(health),
+                Ok(health) => Err(format!("{health:?}")),
+                Err(error) => Err(format!("{error:#}")),
+            },
+        )?;
+        ensure!(!health.ready, "{health:?}");
+        ensure!(health.reasons.contains("tokenizer.json"), "{health:?}");
+        let body = requests::completion("checkpoint", &[1, 2, 3], 4).to_string();
+        let answer = client.post("/v1/completions", body.as_bytes(), LIMIT)?;
+        let error = answer.error()?;
+        ensure!(answer.status >= 500, "{answer:?}");
+        ensure!(error.message.contains("tokenizer.json"), "{error:?}");
+        cluster.stop()?;
+    }
+    Ok(())
+}
+
+/// A template that does not compile costs the chat route only.
+#[test]
+fn a_broken_template_is_an_error_of_chat_requests() -> Result<()> {
+    let mut cluster = ClusterBuilder::new().empty()?;
+    let folder = copy(&fixtures::checkpoint("qwen3")?, &cluster)?;
+    break_template(&folder)?;
+    start(&mut cluster, &folder)?;
+    cluster.wait_ready("the worker", |health| health.count("aggregated") == 1)?;
+    let client = cluster.client();
+    let body = requests::chat("checkpoint", "hi", 4).to_string();
+    let answer = client.post("/v1/chat/completions", body.as_bytes(), LIMIT)?;
+    ensure!(answer.status >= 400, "{answer:?}");
+    ensure!(answer.error()?.message.contains("template"), "{answer:?}");
+    let body = requests::completion("checkpoint", &[1, 2, 3], 4);
+    client.run("/v1/completions", &body, LIMIT).done()?;
+    cluster.stop()
+}
+
+fn start(cluster: &mut Cluster, folder: &Path) -> Result<()> {
+    cluster.start_frontend()?;
+    let arguments = [
+        "worker",
+        "--endpoint",
+        "dyn://test.aggregated.generate",
+        "--model",
+        &folder.display().to_string(),
+        "--discovery",
+        &cluster.discovery(),
+        "--blocks",
+        "64",
+        "--threads",
+        "1",
+    ]
+    .map(str::to_owned);
+    let worker = cluster.start("worker", &arguments)?;
+    cluster.adopt(blockplane_tests::Role::Aggregated, worker);
+    Ok(())
 }
 
 fn refused(cluster: &Cluster, folder: &Path, words: &[&str]) -> Result<String> {
