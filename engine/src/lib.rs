@@ -2,7 +2,7 @@
 //!
 //! * [`engine`]: the [`Engine`] trait, the only thing that workers know of an engine, and
 //!   [`RemotePrefill`], the only thing that a decode engine knows of prefill workers.
-//! * [`scheduler`]: what to compute next; pure.
+//! * [`scheduler`]: what to compute next; [`sampler`]: which token; both pure.
 //! * [`model`]: transformers from Hugging Face checkpoints; [`ops`]: what they compute with.
 //! * [`stream`]: the two ends of a running request.
 //! * [`error`]: why a request is not taken.
@@ -14,6 +14,7 @@ pub mod engine;
 pub mod error;
 pub mod model;
 pub mod ops;
+pub mod sampler;
 pub mod scheduler;
 pub mod stream;
 
