@@ -435,8 +435,6 @@ impl Bench {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1_500, ..ProptestConfig::default() })]
-
     #[test]
     fn the_pool_does_what_the_model_does(
         prefix_caching in proptest::bool::weighted(0.9),

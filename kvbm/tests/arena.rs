@@ -1,0 +1,103 @@
+//! The arena of a pool and its two addressings: pointers for the engine, strides for transfers.
+
+use blockplane_kvbm::{ArenaError, BlockPool, KvArena, PoolConfig};
+use blockplane_protocol::{BlockId, DType, KvLayout, LayerIndex, LayoutError, LayoutOrder};
+use blockplane_transfer::{Agent, AgentConfig};
+use proptest::prelude::*;
+
+fn agent() -> Agent {
+    Agent::new(AgentConfig::new("arena-test")).expect("an agent on this host")
+}
+
+fn layout(order: LayoutOrder, layers: u32, block_tokens: u32) -> KvLayout {
+    KvLayout {
+        order,
+        ..KvLayout::dense(layers, 2, 4, block_tokens, DType::Bf16)
+    }
+}
+
+#[test]
+fn pointers_and_strides_name_the_same_bytes_and_tile_the_region() {
+    let agent = agent();
+    proptest!(ProptestConfig::with_cases(20), |(
+        block_first: bool, layers in 1..5u32, block_tokens in 1..9u32, blocks in 1..6u32,
+    )| {
+        let order = if block_first { LayoutOrder::BlockFirst } else { LayoutOrder::LayerFirst };
+        let layout = layout(order, layers, block_tokens);
+        let arena = KvArena::allocate(&agent, layout.clone(), blocks, "kv").unwrap();
+        let region = arena.registration();
+        prop_assert_eq!(region.len(), layout.pool_bytes(blocks));
+        let strides = arena.transfer_layout();
+        strides.validate(region.len() as u64).unwrap();
+
+        let mut starts = Vec::new();
+        for block in 0..blocks {
+            for layer in 0..layers {
+                let start = arena.run_ptr(BlockId(block), LayerIndex(layer));
+                let offset = start.addr().get() - region.base_ptr().addr().get();
+                prop_assert_eq!(strides.run_offset(block, layer), Some(offset as u64));
+                starts.push(offset);
+            }
+        }
+        starts.sort_unstable();
+        let tiles = (0..).step_by(layout.layer_bytes()).take(starts.len());
+        prop_assert!(starts.into_iter().eq(tiles));
+    });
+}
+
+#[test]
+fn what_is_written_into_a_run_is_at_its_pointer_and_nowhere_else() {
+    let arena =
+        KvArena::allocate(&agent(), layout(LayoutOrder::LayerFirst, 3, 4), 4, "kv").unwrap();
+    let strides = arena.transfer_layout();
+    let run = vec![0xa5; arena.layout().layer_bytes()];
+    let offset = strides.run_offset(2, 1).unwrap();
+    arena.registration().write_at(offset, &run).unwrap();
+    for block in 0..4 {
+        for layer in 0..3 {
+            let mut bytes = run.clone();
+            let offset = strides.run_offset(block, layer).unwrap();
+            arena.registration().read_at(offset, &mut bytes).unwrap();
+            assert_eq!(bytes == run, (block, layer) == (2, 1));
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "block 4 layer 0 of an arena of 4 blocks")]
+fn a_block_out_of_range_has_no_address() {
+    let arena =
+        KvArena::allocate(&agent(), layout(LayoutOrder::BlockFirst, 1, 1), 4, "kv").unwrap();
+    let _ = arena.run_ptr(BlockId(4), LayerIndex(0));
+}
+
+#[test]
+fn a_bad_layout_is_refused_by_name() {
+    let error = KvArena::allocate(&agent(), layout(LayoutOrder::BlockFirst, 0, 1), 4, "kv-7");
+    let error = error.unwrap_err();
+    assert!(matches!(
+        &error,
+        ArenaError::Layout {
+            source: LayoutError::Zero("layers"),
+            ..
+        }
+    ));
+    assert!(error.to_string().contains("kv-7"), "{error}");
+}
+
+/// A handle keeps its pool and the arena alive, whoever else is gone (invariant 3).
+#[test]
+fn a_block_outlives_everything_else_that_names_its_memory() {
+    let agent = agent();
+    let arena = KvArena::allocate(&agent, layout(LayoutOrder::BlockFirst, 1, 4), 2, "kv").unwrap();
+    let pool = BlockPool::new(arena.clone(), PoolConfig::default());
+    assert_eq!(pool.stats().total, 2);
+    let block = pool.allocate(1).unwrap().remove(0);
+    let registration = arena.registration().clone();
+    let weak = std::sync::Arc::downgrade(&arena);
+    drop((pool, arena, agent));
+    assert!(weak.upgrade().is_some());
+    drop(block);
+    assert!(weak.upgrade().is_none());
+    registration.write_at(0, &[1; 16]).unwrap();
+}
