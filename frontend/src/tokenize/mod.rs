@@ -2,9 +2,13 @@
 
 mod assets;
 mod detokenize;
+#[cfg(test)]
+mod detokenize_tests;
 mod pool;
 mod python;
 mod template;
+#[cfg(test)]
+mod template_tests;
 mod vocabulary;
 
 pub(crate) use assets::{AssetCache, AssetError, ModelAssets, TemplateError};

@@ -127,7 +127,7 @@ fn write_string(out: &mut String, text: &str, style: &JsonStyle) {
 }
 
 /// A float as Python's `repr` writes it.
-fn float(number: f64) -> String {
+pub(super) fn float(number: f64) -> String {
     if number.is_nan() {
         return "NaN".to_owned();
     }

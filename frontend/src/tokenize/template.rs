@@ -2,21 +2,24 @@
 
 use std::{
     fmt,
-    sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use minijinja::{
-    Environment, Error, ErrorKind, Value,
+    Environment, Error, ErrorKind, Value, escape_formatter,
     syntax::SyntaxConfig,
-    value::{Kwargs, Rest},
+    value::{Kwargs, Rest, ValueKind},
 };
 use serde_json::Map;
 use thiserror::Error as ThisError;
 
-use super::python::{JsonStyle, json_dumps, strftime};
+use super::python::{JsonStyle, float, json_dumps, strftime};
 
 const NAME: &str = "chat_template";
+
+/// Instructions that one rendering may execute: a bound against endless loops that leaves room for
+/// 100,000 messages.
+const FUEL: u64 = 20_000_000;
 
 /// A compiled chat template.
 #[derive(Debug)]
@@ -75,6 +78,7 @@ impl ChatTemplate {
             .build()
             .map_err(|error| describe(&error))?;
         environment.set_syntax(syntax);
+        environment.set_fuel(Some(FUEL));
         environment
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function(
@@ -89,6 +93,30 @@ impl ChatTemplate {
             strftime(now.map_or(0, |now| now.as_secs()), &format)
         });
         environment.add_filter("tojson", tojson);
+        // Where minijinja and Jinja differ and templates tell contents apart by it.
+        environment.add_test("sequence", |value: &Value| {
+            matches!(
+                value.kind(),
+                ValueKind::String | ValueKind::Seq | ValueKind::Map
+            )
+        });
+        environment.add_test("iterable", |value: &Value| {
+            matches!(
+                value.kind(),
+                ValueKind::String
+                    | ValueKind::Seq
+                    | ValueKind::Map
+                    | ValueKind::Iterable
+                    | ValueKind::Undefined
+            )
+        });
+        environment.set_formatter(|out, state, value| {
+            if value.kind() == ValueKind::Number && !value.is_integer() {
+                let number = f64::try_from(value.clone())?;
+                return Ok(out.write_str(&float(number))?);
+            }
+            escape_formatter(out, state, value)
+        });
         for (name, token) in special_tokens {
             environment.add_global(name.clone(), token.clone());
         }
@@ -125,7 +153,7 @@ impl ChatTemplate {
         let rendered = self
             .environment
             .get_template(NAME)
-            .and_then(|template| template.render(Value::from_iter(variables)))
+            .and_then(|template| template.render(Value::from_pairs(variables)))
             .map_err(|error| match raised(&error) {
                 Some(message) => RenderError::Refused(message),
                 None => RenderError::Failed(describe(&error)),
@@ -144,16 +172,14 @@ impl ChatTemplate {
             return value;
         }
         let fields = message.as_object().into_iter().flatten();
-        fields
-            .map(|(name, field)| {
-                let field = if name == "role" {
-                    Value::from("system")
-                } else {
-                    to_value(field)
-                };
-                (name.clone(), field)
-            })
-            .collect()
+        Value::from_pairs(fields.map(|(name, field)| {
+            let field = if name == "role" {
+                Value::from("system")
+            } else {
+                to_value(field)
+            };
+            (name.as_str(), field)
+        }))
     }
 }
 
@@ -186,10 +212,11 @@ fn to_value(json: &serde_json::Value) -> Value {
             .unwrap_or_default(),
         serde_json::Value::String(text) => Value::from(text.as_str()),
         serde_json::Value::Array(items) => items.iter().map(to_value).collect(),
-        serde_json::Value::Object(fields) => fields
-            .iter()
-            .map(|(name, field)| (Arc::<str>::from(name.as_str()), to_value(field)))
-            .collect(),
+        serde_json::Value::Object(fields) => Value::from_pairs(
+            fields
+                .iter()
+                .map(|(name, field)| (name.as_str(), to_value(field))),
+        ),
     }
 }
 
