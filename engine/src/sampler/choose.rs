@@ -3,6 +3,8 @@
 
 use blockplane_protocol::{SamplingParams, TokenId};
 
+use super::weights::{CHUNK, Weights};
+
 /// What may be chosen, and how evenly.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Filters {
@@ -33,91 +35,84 @@ pub(super) fn likeliest(logits: &[f32]) -> Option<TokenId> {
 
 /// The token that `random`, uniform in `[0, 1)`, falls on; `None` when none is possible.
 pub(super) fn at_random(logits: &[f32], filters: Filters, random: f64) -> Option<TokenId> {
-    let scale = Scale {
-        max: largest(logits)?,
-        per_temperature: 1.0 / filters.temperature,
-    };
+    let max = largest(logits)?;
     let mut floor = f32::NEG_INFINITY;
     if filters.min_p > 0.0 {
-        floor = scale.max + filters.min_p.ln() * filters.temperature;
+        floor = max + filters.min_p.ln() * filters.temperature;
     }
     if filters.top_k > 0 && filters.top_k < logits.len() {
         floor = floor.max(kth_largest(logits, filters.top_k));
     }
-    let total = scale.mass(logits, floor);
+    let weights = Weights {
+        max,
+        per_temperature: 1.0 / filters.temperature,
+        floor,
+    };
+    let total = weights.of_row(logits);
     if filters.top_p < 1.0 {
-        let needed = total * f64::from(filters.top_p);
-        let head = head(logits, scale, floor, needed);
-        let total = head.iter().map(|&(_, weight)| weight).sum();
-        return fall_on(head.into_iter(), total, random);
+        let head = head(logits, weights, total * f64::from(filters.top_p));
+        let total: f64 = head.iter().map(|&(_, weight)| weight).sum();
+        return fall_on(head.into_iter(), random * total);
     }
-    let weights = logits
+    // The chunk first, then the token in it.
+    let mut target = random * total;
+    let mut last = 0;
+    for (index, chunk) in logits.chunks(CHUNK).enumerate() {
+        let weight = weights.of_chunk(chunk);
+        if weight > 0.0 {
+            last = index * CHUNK;
+            if weight > target {
+                break;
+            }
+            target -= weight;
+        }
+    }
+    let chunk = logits[last..].iter().take(CHUNK);
+    let tokens = chunk.enumerate();
+    fall_on(
+        tokens.map(|(index, &logit)| (token_id(last + index), weights.of(logit))),
+        target,
+    )
+}
+
+/// The likeliest tokens that together weigh `needed`, likeliest first.
+fn head(logits: &[f32], weights: Weights, needed: f64) -> Vec<(TokenId, f64)> {
+    // Few tokens usually do: looks at those within a distance of the largest logit first.
+    let mut distance = 4.0 / weights.per_temperature;
+    let mut threshold = weights.floor.max(weights.max - distance);
+    while threshold > weights.floor {
+        let within = Weights {
+            floor: threshold,
+            ..weights
+        };
+        if within.of_row(logits) >= needed {
+            break;
+        }
+        distance *= 2.0;
+        threshold = weights.floor.max(weights.max - distance);
+    }
+    let mut candidates: Vec<(TokenId, f32)> = logits
         .iter()
         .enumerate()
-        .filter(|&(_, &logit)| logit >= floor)
-        .map(|(index, &logit)| (token_id(index), scale.weight(logit)));
-    fall_on(weights, total, random)
+        .filter(|&(_, &logit)| logit >= threshold)
+        .map(|(index, &logit)| (token_id(index), logit))
+        .collect();
+    candidates.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    let mut before = 0.0;
+    candidates
+        .into_iter()
+        .map(|(id, logit)| (id, weights.of(logit)))
+        .take_while(|&(_, weight)| {
+            let keep = before < needed;
+            before += weight;
+            keep
+        })
+        .collect()
 }
 
-/// Turns logits into probabilities that are not normalised: that of the largest is 1.
-#[derive(Clone, Copy)]
-struct Scale {
-    max: f32,
-    per_temperature: f32,
-}
-
-impl Scale {
-    fn weight(self, logit: f32) -> f64 {
-        f64::from(((logit.min(f32::MAX) - self.max) * self.per_temperature).exp())
-    }
-
-    fn mass(self, logits: &[f32], floor: f32) -> f64 {
-        logits
-            .iter()
-            .filter(|&&logit| logit >= floor)
-            .map(|&logit| self.weight(logit))
-            .sum()
-    }
-}
-
-/// The likeliest tokens at `floor` or above that together weigh `needed`, likeliest first.
-fn head(logits: &[f32], scale: Scale, floor: f32, needed: f64) -> Vec<(TokenId, f64)> {
-    // Few tokens usually do: looks at those within a distance of the largest logit first.
-    let mut distance = 4.0 / scale.per_temperature;
-    loop {
-        let threshold = floor.max(scale.max - distance);
-        let mut candidates: Vec<(TokenId, f32)> = logits
-            .iter()
-            .enumerate()
-            .filter(|&(_, &logit)| logit >= threshold)
-            .map(|(index, &logit)| (token_id(index), logit))
-            .collect();
-        let mass: f64 = candidates.iter().map(|c| scale.weight(c.1)).sum();
-        if mass < needed && threshold > floor {
-            distance *= 2.0;
-            continue;
-        }
-        candidates.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        let mut before = 0.0;
-        return candidates
-            .into_iter()
-            .map(|(id, logit)| (id, scale.weight(logit)))
-            .take_while(|&(_, weight)| {
-                let keep = before < needed;
-                before += weight;
-                keep
-            })
-            .collect();
-    }
-}
-
-/// The first token at which the weights so far exceed the share `random` of `total`.
-fn fall_on(
-    weights: impl Iterator<Item = (TokenId, f64)>,
-    total: f64,
-    random: f64,
-) -> Option<TokenId> {
-    let target = random * total;
+/// The first token at which the sum of the weights exceeds `target`; the last possible one if
+/// rounding keeps the sum below.
+fn fall_on(weights: impl Iterator<Item = (TokenId, f64)>, target: f64) -> Option<TokenId> {
     let mut sum = 0.0;
     let mut last = None;
     for (id, weight) in weights {
@@ -133,7 +128,7 @@ fn fall_on(
 }
 
 /// The largest logit that is a number and not minus infinity.
-fn largest(logits: &[f32]) -> Option<f32> {
+pub(super) fn largest(logits: &[f32]) -> Option<f32> {
     // Independent lanes, so that the compiler can use vector instructions.
     const LANES: usize = 16;
     let (chunks, rest) = logits.as_chunks::<LANES>();

@@ -2,6 +2,8 @@
 
 use blockplane_protocol::{TokenId, TokenLogprob, TokenOutput};
 
+use super::{choose::largest, weights::Weights};
+
 /// The chosen token with its log-probability and those of the `alternatives` likeliest tokens.
 pub(super) fn output(logits: &[f32], id: TokenId, alternatives: usize) -> TokenOutput {
     let log_total = log_sum_exp(logits);
@@ -27,13 +29,15 @@ pub(super) fn output(logits: &[f32], id: TokenId, alternatives: usize) -> TokenO
 }
 
 fn log_sum_exp(logits: &[f32]) -> f64 {
-    let max = logits.iter().copied().fold(f32::MIN, f32::max);
-    let sum: f64 = logits
-        .iter()
-        .filter(|logit| !logit.is_nan())
-        .map(|&logit| f64::from((logit - max).exp()))
-        .sum();
-    f64::from(max) + sum.ln()
+    let Some(max) = largest(logits) else {
+        return f64::NEG_INFINITY;
+    };
+    let weights = Weights {
+        max,
+        per_temperature: 1.0,
+        floor: f32::NEG_INFINITY,
+    };
+    f64::from(max) + weights.of_row(logits).ln()
 }
 
 /// The `count` largest logits, the largest first and the first of equal ones before the others.

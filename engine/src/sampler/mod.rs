@@ -14,6 +14,7 @@ mod logprobs;
 mod random;
 #[cfg(test)]
 mod tests;
+mod weights;
 
 use std::{borrow::Cow, collections::HashMap};
 
