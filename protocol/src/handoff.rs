@@ -47,6 +47,9 @@ pub struct KvTarget {
     /// This many of the first `block_ids` already hold their KV. They may be read and must not be
     /// written.
     pub cached_blocks: u32,
+    /// The grant under which those may be read; present when there are any.
+    #[serde(default)]
+    pub cached_window: Option<u64>,
 }
 
 /// Bound to the last write: the KV of the whole prompt is in place.
