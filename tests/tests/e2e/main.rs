@@ -2,9 +2,11 @@
 
 mod bad_checkpoint;
 mod bad_request;
+mod bench;
 mod by_hand;
 mod doctor;
 mod equality;
 mod launch;
 mod modes;
+mod scale;
 mod up;
