@@ -23,7 +23,8 @@ pub struct FeedRequest {
     /// The worker that is meant. Another one, which has taken over the address, refuses with
     /// [`ErrorKind::WorkerLost`](crate::ErrorKind::WorkerLost): its event ids mean something else.
     pub worker: Option<WorkerId>,
-    /// For each known rank, the id of the first event wanted: the last one applied plus 1.
+    /// For each known rank, the id of the last event that was applied; 0 if none was. The feed goes on
+    /// with the one after it.
     pub from: Vec<(DpRank, u64)>,
 }
 

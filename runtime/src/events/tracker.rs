@@ -65,7 +65,7 @@ impl FeedTracker {
             from: self
                 .next
                 .iter()
-                .map(|(&rank, &next)| (rank, next))
+                .map(|(&rank, &next)| (rank, next - 1))
                 .collect(),
         }
     }
@@ -189,7 +189,7 @@ mod tests {
             got: 4,
         };
         assert_eq!(accepted.fault, Some(expected));
-        assert_eq!(tracker.request(None).from, [(DpRank(0), 3), (DpRank(1), 2)]);
+        assert_eq!(tracker.request(None).from, [(DpRank(0), 2), (DpRank(1), 1)]);
     }
 
     #[test]
@@ -232,7 +232,7 @@ mod tests {
             accepted.snapshot,
             Some((DpRank(3), 5, vec![block(1), block(2)]))
         );
-        assert_eq!(tracker.request(None).from, [(DpRank(3), 6)]);
+        assert_eq!(tracker.request(None).from, [(DpRank(3), 5)]);
         tracker.forget(DpRank(3));
         assert_eq!(tracker.request(None).from, []);
     }
@@ -250,9 +250,9 @@ mod tests {
             let mut losses = losses.into_iter();
             while applied.len() < usize::try_from(total).unwrap() {
                 let request = tracker.request(None);
-                let from = request.from.first().map_or(1, |&(_, next)| next);
+                let last = request.from.first().map_or(0, |&(_, last)| last);
                 // A worker may repeat some; the network may lose some.
-                for id in from.saturating_sub(overlap).max(1)..=total {
+                for id in (last + 1).saturating_sub(overlap).max(1)..=total {
                     if losses.next().unwrap_or(false) {
                         continue;
                     }
