@@ -5,7 +5,7 @@ use blockplane_protocol::{
 };
 use thiserror::Error;
 
-use crate::engine::EngineInfo;
+use crate::{engine::EngineInfo, model::LoadError};
 
 /// Alternatives that may be asked for per token.
 pub const LOGPROBS_MAX: u32 = 20;
@@ -300,6 +300,9 @@ pub enum StartError {
         /// Why.
         reason: String,
     },
+    /// The model's working memory was not allocated.
+    #[error(transparent)]
+    Model(#[from] LoadError),
     /// A thread was not started.
     #[error("thread '{name}' was not started: {source}")]
     Thread {

@@ -33,7 +33,7 @@ use thiserror::Error;
 
 pub use self::{
     blocks::KvBlocks,
-    sequence::{Gate, Sequence, SequenceId, SequenceKind, SequenceSpec},
+    sequence::{Gate, Sequence, SequenceBlocks, SequenceId, SequenceKind, SequenceSpec},
 };
 
 /// Limits of a scheduler.
@@ -201,6 +201,12 @@ impl<B: KvBlocks> Scheduler<B> {
         self.tokens_max
     }
 
+    /// Tokens that end a sequence.
+    #[must_use]
+    pub fn eos(&self) -> &[TokenId] {
+        &self.eos
+    }
+
     /// The pool.
     pub fn pool(&self) -> &B {
         &self.pool
@@ -276,6 +282,15 @@ impl<B: KvBlocks> Scheduler<B> {
             assert!(gate.is_some(), "only a gated sequence has a gate to open");
             sequence.set_computed(computed.max(sequence.computed), &self.pool);
         }
+    }
+
+    /// Puts a running sequence back into the waiting queue, to be computed here in other blocks, and
+    /// hands out the ones it had. `None` when it is not running.
+    pub fn requeue(&mut self, id: SequenceId) -> Option<SequenceBlocks<B>> {
+        let mut sequence = self.running.remove(&id)?;
+        let blocks = sequence.unseat();
+        self.waiting.insert(id, sequence);
+        Some(blocks)
     }
 
     /// Chooses the slices of the next step, oldest sequence first and decoding before prompts.
@@ -414,9 +429,8 @@ impl<B: KvBlocks> Scheduler<B> {
         let Some(victim) = victim else {
             return false;
         };
-        let mut sequence = self.running.remove(&victim).expect("found above");
-        sequence.unseat();
-        self.waiting.insert(victim, sequence);
+        // Dropping the blocks returns them.
+        let _ = self.requeue(victim);
         self.preemptions += 1;
         true
     }

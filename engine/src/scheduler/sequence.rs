@@ -77,6 +77,15 @@ pub struct Sequence<B: KvBlocks> {
     offered: usize,
 }
 
+/// The blocks of a sequence, each held until it is dropped.
+#[derive(Debug)]
+pub struct SequenceBlocks<B: KvBlocks> {
+    /// Readable ones.
+    pub shared: Vec<B::Shared>,
+    /// Those that only this sequence used.
+    pub owned: Vec<B::Owned>,
+}
+
 /// One entry of a block table.
 #[derive(Debug)]
 enum Slot<B: KvBlocks> {
@@ -166,17 +175,8 @@ impl<B: KvBlocks> Sequence<B> {
     /// Its blocks, readable and not, for a caller that must keep some of them beyond the end of the
     /// sequence.
     #[must_use = "dropping the blocks returns them to the pool"]
-    pub fn into_blocks(self) -> (Vec<B::Shared>, Vec<B::Owned>) {
-        let mut shared = Vec::new();
-        let mut owned = Vec::new();
-        for slot in self.slots {
-            match slot {
-                Slot::Shared(block) => shared.push(block),
-                Slot::Owned(block) => owned.push(block),
-                Slot::Moving => unreachable!("only while blocks are made readable"),
-            }
-        }
-        (shared, owned)
+    pub fn into_blocks(mut self) -> SequenceBlocks<B> {
+        self.unseat()
     }
 
     pub(super) fn remaining(&self) -> usize {
@@ -207,12 +207,24 @@ impl<B: KvBlocks> Sequence<B> {
         self.slots.extend(blocks.into_iter().map(Slot::Owned));
     }
 
-    /// Gives all blocks back; the KV has to be computed, or matched, again.
-    pub(super) fn unseat(&mut self) {
-        self.slots.clear();
-        self.ids.clear();
+    /// Hands all blocks out; the KV has to be computed, or matched, again.
+    pub(super) fn unseat(&mut self) -> SequenceBlocks<B> {
+        self.gate = None;
         self.computed = 0;
         self.offered = 0;
+        self.ids.clear();
+        let mut blocks = SequenceBlocks {
+            shared: Vec::new(),
+            owned: Vec::new(),
+        };
+        for slot in self.slots.drain(..) {
+            match slot {
+                Slot::Shared(block) => blocks.shared.push(block),
+                Slot::Owned(block) => blocks.owned.push(block),
+                Slot::Moving => unreachable!("only while blocks are made readable"),
+            }
+        }
+        blocks
     }
 
     /// Notes that the KV of tokens up to `computed` is in place, and makes the blocks that this

@@ -183,6 +183,8 @@ struct Bench {
     requests: BTreeMap<SequenceId, Request>,
     outputs: BTreeMap<SequenceId, Vec<TokenId>>,
     gates: Vec<(SequenceId, Gate)>,
+    /// Blocks that a peer may still write to.
+    aside: Vec<Option<SequenceBlocks<Pool>>>,
     /// Sequences that finished, and those that were taken out before.
     finished: usize,
     removed: usize,
@@ -199,6 +201,7 @@ impl Bench {
             requests: BTreeMap::new(),
             outputs: BTreeMap::new(),
             gates: Vec::new(),
+            aside: Vec::new(),
             finished: 0,
             removed: 0,
         }
@@ -323,6 +326,7 @@ impl Bench {
 
     /// Runs until nothing is left. A step may be empty only while something is gated.
     fn finish(&mut self) {
+        self.aside.clear();
         while !self.scheduler.is_empty() {
             if self.step() == 0 && !self.scheduler.is_empty() {
                 assert!(
@@ -351,6 +355,10 @@ enum Action {
     },
     Cancel(usize),
     Gate(usize, bool),
+    /// The blocks of a gated sequence cannot be used for now.
+    Stuck(usize),
+    /// Those blocks can be used again.
+    Unstuck,
     Step,
     Tick(u64),
 }
@@ -364,6 +372,8 @@ fn action() -> impl Strategy<Value = Action> {
         ),
         1 => (0..64usize).prop_map(Action::Cancel),
         2 => (0..64usize, any::<bool>()).prop_map(|(i, well)| Action::Gate(i, well)),
+        1 => (0..64usize).prop_map(Action::Stuck),
+        1 => Just(Action::Unstuck),
         6 => Just(Action::Step),
         1 => (0..20u64).prop_map(Action::Tick),
     ]
@@ -441,6 +451,14 @@ proptest! {
                         bench.resolve_gate(index, well);
                     }
                 }
+                Action::Stuck(index) => {
+                    if !bench.gates.is_empty() {
+                        let index = index % bench.gates.len();
+                        let (id, _) = bench.gates.swap_remove(index);
+                        bench.aside.push(bench.scheduler.requeue(id));
+                    }
+                }
+                Action::Unstuck => bench.aside.clear(),
                 Action::Step => {
                     bench.step();
                 }
