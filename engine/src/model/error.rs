@@ -207,6 +207,23 @@ pub enum ForwardError {
         /// Blocks of the pool.
         blocks: u32,
     },
+    /// A block does not hold the KV that its sequence needs. Only models that can tell say so.
+    #[error(
+        "sequence {sequence} of the batch: position {position}, layer {layer}, block {block:?} holds \
+         {found}"
+    )]
+    Contents {
+        /// Index in the batch.
+        sequence: usize,
+        /// The block.
+        block: BlockId,
+        /// The token's place in the sequence.
+        position: u32,
+        /// The layer.
+        layer: u32,
+        /// What was found instead.
+        found: &'static str,
+    },
     /// Two sequences would write into the same block.
     #[error("block {block:?} would be written for two sequences of the batch")]
     SharedBlock {
