@@ -33,6 +33,7 @@ use tokio::sync::oneshot;
 use xxhash_rust::xxh3::xxh3_64;
 
 pub use config::{NativeConfig, PoolSize};
+pub(crate) use forward::Forward;
 pub(crate) use rank::Command;
 use rank::{GenerateTask, PrefillTask, Rank};
 pub(crate) use shared::{HeldBlocks, Live, RankShared};
