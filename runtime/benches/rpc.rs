@@ -8,14 +8,18 @@ use std::{
     io::{BufRead, BufReader, Read, Write},
     net::{TcpListener, TcpStream},
     process::{Child, Command, Stdio},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use blockplane_runtime::rpc::{
-    CallOptions, RpcClient, RpcClientConfig, RpcServer, RpcServerConfig, handler_fn, unary_fn,
+    CallOptions, RpcClient, RpcClientConfig, RpcError, RpcServer, RpcServerConfig, handler_fn,
+    unary_fn,
 };
 use bytes::Bytes;
 use futures::{StreamExt, future::join_all, stream};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::sync::watch;
 
 const PAYLOAD_BYTES: usize = 64;
 
@@ -34,10 +38,27 @@ fn main() {
     }
     let mut server = start_server();
     let address = server.address.clone();
-    runtime().block_on(measure(&address));
-    tcp_ping_pong();
-    server.child.kill().expect("it is running");
+    runtime().block_on(async {
+        measure(&address).await;
+        cancellation(&address).await;
+        loss(&address, "noticing a killed server", || {
+            server.child.kill().expect("it is running");
+        })
+        .await;
+        let mut stopped = start_server();
+        loss(
+            &stopped.address,
+            "noticing a stopped server (bound 2 s)",
+            || {
+                kill_process(Pid::from_child(&stopped.child), Signal::STOP).expect("it is running");
+            },
+        )
+        .await;
+        stopped.child.kill().expect("it is stopped");
+        stopped.child.wait().expect("it was killed");
+    });
     server.child.wait().expect("it was killed");
+    tcp_ping_pong();
 }
 
 struct ServerProcess {
@@ -79,6 +100,34 @@ async fn serve() {
             Ok(stream::repeat_with(move || Ok(message.clone()))
                 .take(count)
                 .boxed())
+        }),
+    );
+    let dropped = Arc::new(watch::Sender::new(0u64));
+    let counter = Arc::clone(&dropped);
+    server.handle(
+        "hold",
+        handler_fn(move |_context, _request| {
+            let guard = CountsDrop(Arc::clone(&counter));
+            async move {
+                let held = stream::pending().map(move |item| {
+                    let _held = &guard;
+                    item
+                });
+                Ok(stream::iter([Ok(Bytes::new())]).chain(held).boxed())
+            }
+        }),
+    );
+    server.handle(
+        "next_drop",
+        handler_fn(move |_context, _request| {
+            let mut seen = dropped.subscribe();
+            async move {
+                let waits = stream::once(async move {
+                    let _changed = seen.changed().await;
+                    Ok(Bytes::new())
+                });
+                Ok(stream::iter([Ok(Bytes::new())]).chain(waits).boxed())
+            }
         }),
     );
     println!("{}", server.local_addr());
@@ -142,6 +191,58 @@ async fn measure(address: &str) {
             let gigabytes = (streams * count * bytes) as f64 / 1e9;
             println!("{:<44} {:>12.2} GB/s", "", gigabytes / took.as_secs_f64());
         }
+    }
+}
+
+/// Time from dropping the responses to the answer that tells of the handler's drop.
+async fn cancellation(address: &str) {
+    let client = RpcClient::new(RpcClientConfig::default());
+    let call = async |endpoint| {
+        let mut responses = client
+            .call(address, endpoint, Bytes::new(), options())
+            .await
+            .expect("the server is up");
+        let first = responses.next().await.expect("it sends one");
+        first.expect("the server is up");
+        responses
+    };
+    let mut times = Vec::new();
+    for _ in 0..1000 {
+        let held = call("hold").await;
+        let mut next_drop = call("next_drop").await;
+        let start = Instant::now();
+        drop(held);
+        let told = next_drop.next().await.expect("the handler is dropped");
+        told.expect("the server is up");
+        times.push(start.elapsed());
+    }
+    latency("cancel and answer of its effect", &mut times);
+}
+
+/// Time from `strike` to the error of an open call.
+async fn loss(address: &str, name: &str, strike: impl FnOnce()) {
+    let client = RpcClient::new(RpcClientConfig::default());
+    let mut held = client
+        .call(address, "hold", Bytes::new(), options())
+        .await
+        .expect("the server is up");
+    let first = held.next().await.expect("it sends one");
+    first.expect("the server is up");
+    let start = Instant::now();
+    strike();
+    let lost = held.next().await.expect("an error ends it");
+    assert!(matches!(lost, Err(RpcError::PeerLost { .. })));
+    println!(
+        "{name:<44} {:>12.1} ms",
+        start.elapsed().as_secs_f64() * 1e3
+    );
+}
+
+struct CountsDrop(Arc<watch::Sender<u64>>);
+
+impl Drop for CountsDrop {
+    fn drop(&mut self) {
+        self.0.send_modify(|n| *n += 1);
     }
 }
 

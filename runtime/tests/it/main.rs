@@ -1,5 +1,10 @@
 //! The runtime as its users see it: over loopback, in files, and between processes.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "in a test a failed expectation is a failed test"
+)]
+
 mod discovery;
 mod feed;
 mod processes;

@@ -196,7 +196,7 @@ async fn large_messages_go_both_ways_and_too_large_ones_fail_alone() {
     let address = server.local_addr().to_string();
     let client = client();
 
-    let message: Bytes = (0..limit).map(|i| (i % 251) as u8).collect();
+    let message: Bytes = (0..limit).map(|i| u8::try_from(i % 251).unwrap()).collect();
     let answer = client
         .call_unary(&address, "echo", message.clone(), long())
         .await
