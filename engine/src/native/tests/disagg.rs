@@ -6,7 +6,7 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 
 use super::*;
 
-const LANES: [Lane; 1] = [Lane::Loopback];
+const LANES: [Lane; 3] = [Lane::Loopback, Lane::Shm, Lane::Tcp];
 
 /// A decode engine and its prefill engines, with ids from 1.
 struct Pair {
