@@ -331,7 +331,13 @@ impl ClientInner {
                 failures: 0,
                 error: handle.lost_error(),
             },
-            Ok(handle) => Slot::Ready(Arc::clone(handle)),
+            Ok(handle) => {
+                // Under the lock, so that its loss is published after it.
+                self.publish(ConnectionEvent::Connected {
+                    address: address.to_owned(),
+                });
+                Slot::Ready(Arc::clone(handle))
+            }
             Err(error) => {
                 let doubled = self
                     .config
@@ -344,12 +350,6 @@ impl ClientInner {
                 }
             }
         };
-        drop(slots);
-        if result.is_ok() {
-            self.publish(ConnectionEvent::Connected {
-                address: address.to_owned(),
-            });
-        }
     }
 
     /// A connection broke.

@@ -21,6 +21,9 @@ const BATCH_BYTES: u32 = 64 << 10;
 /// A batch is closed once it has this many frames.
 const BATCH_FRAMES: usize = 512;
 
+/// Frames that may wait, those without a payload included. A peer that lets more pile up does not read.
+const OUTBOX_FRAMES_MAX: usize = 128 << 10;
+
 /// The connection is closed for sending.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Closed;
@@ -71,9 +74,9 @@ impl Outbox {
         Ok(())
     }
 
-    /// Queues a frame without a payload, at once: a credit, a cancel, an end. Each call has a few of
-    /// these at most, so that their number is bounded by the number of calls. They keep their place
-    /// behind what was queued before.
+    /// Queues a frame without a payload, at once: a credit, a cancel, an end. They keep their place
+    /// behind what was queued before. Each call has a few of these at most; should they pile up all
+    /// the same, the outbox closes and the connection with it.
     pub(crate) fn push(&self, frame: Frame) -> Result<(), Closed> {
         self.enqueue(frame, 0)
     }
@@ -81,6 +84,9 @@ impl Outbox {
     fn enqueue(&self, frame: Frame, cost: u32) -> Result<(), Closed> {
         {
             let mut queue = self.queue.lock();
+            if queue.frames.len() >= OUTBOX_FRAMES_MAX {
+                queue.closed = true;
+            }
             if queue.closed {
                 return Err(Closed);
             }

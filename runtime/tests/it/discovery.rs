@@ -105,7 +105,15 @@ async fn memory_conforms() {
 #[tokio::test]
 async fn files_conform() {
     let dir = tempfile::tempdir().unwrap();
-    conforms(&files(dir.path()), &files(dir.path())).await;
+    // So long that nothing seen here is the end of a lease.
+    let lasting = || {
+        FileDiscovery::new(FileDiscoveryConfig {
+            lease_ttl: PATIENCE * 20,
+            ..FileDiscoveryConfig::new(dir.path())
+        })
+        .unwrap()
+    };
+    conforms(&lasting(), &lasting()).await;
 }
 
 #[tokio::test]
@@ -113,6 +121,7 @@ async fn polled_files_conform() {
     let dir = tempfile::tempdir().unwrap();
     let polled = || {
         FileDiscovery::new(FileDiscoveryConfig {
+            lease_ttl: PATIENCE * 20,
             change_detection: ChangeDetection::Poll,
             poll_interval: Duration::from_millis(20),
             ..FileDiscoveryConfig::new(dir.path())
@@ -239,6 +248,7 @@ async fn an_unusable_directory_stops_nothing_that_runs() {
     theirs.watch("test").await.unwrap_err();
 
     fs::remove_file(&dir).unwrap();
+    expect_unchanged(&watch, TTL).await;
     let late: Lease = ours.register(instance(2, "b:1")).await.unwrap();
     expect(&mut watch, &[(1, "a:1"), (2, "b:1")]).await;
     expect_unchanged(&watch, TTL * 2).await;

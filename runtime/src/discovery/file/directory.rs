@@ -10,7 +10,7 @@ use std::{
 
 use super::record::{RECORD_BYTES_MAX, Record, temporary_name};
 
-/// Files beyond this are not looked at.
+/// A directory with more files is not a discovery store.
 const FILES_MAX: usize = 65_536;
 
 /// An I/O error in a form that can be handed to several callers.
@@ -81,7 +81,8 @@ impl Directory {
                 continue;
             }
             if entries.len() == FILES_MAX {
-                break;
+                let error = io::Error::other(format!("it has more than {FILES_MAX} files"));
+                return Err(Fault::new("list")(error));
             }
             entries.push(Entry {
                 name,

@@ -94,7 +94,7 @@ impl View {
                     .ok()
                 };
                 if let (FileKind::Alive, Some(record)) = (kind, &record) {
-                    self.renew(record, entry.stamp.modified, now);
+                    self.renew(&entry.name, record, entry.stamp.modified, now);
                 }
                 self.files.insert(
                     entry.name.clone(),
@@ -111,27 +111,32 @@ impl View {
         self.take_leavers();
     }
 
-    fn renew(&mut self, record: &Record, modified: SystemTime, now: Now) {
-        let key = record.instance.key();
-        let known = self
-            .seen
-            .get(&key)
-            .is_some_and(|seen| seen.record.nonce == record.nonce);
-        let until = if known {
-            now.instant + self.ttl
+    /// The file of a registration is new or was touched.
+    fn renew(&mut self, name: &str, record: &Record, modified: SystemTime, now: Now) {
+        let touched = self
+            .files
+            .get(name)
+            .and_then(|file| file.record.as_ref())
+            .is_some_and(|before| before.nonce == record.nonce);
+        let age = if touched {
+            Duration::ZERO
         } else {
             // Only the first look at a file compares clocks; a time in the future counts as now.
-            let age = now
-                .system
+            now.system
                 .duration_since(modified)
-                .unwrap_or(Duration::ZERO);
-            now.instant + self.ttl.saturating_sub(age)
+                .unwrap_or(Duration::ZERO)
         };
+        let key = record.instance.key();
+        if age >= self.ttl {
+            // Left over from a worker that crashed. Should it live, it will touch the file.
+            self.seen.remove(&key);
+            return;
+        }
         self.seen.insert(
             key,
             Seen {
                 record: record.clone(),
-                until,
+                until: now.instant + (self.ttl - age),
             },
         );
     }
@@ -206,5 +211,154 @@ impl View {
             })
             .map(|(name, _)| name.clone())
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, time::UNIX_EPOCH};
+
+    use blockplane_protocol::WorkerId;
+
+    use super::*;
+    use crate::discovery::{Instance, file::directory::Directory};
+
+    const TTL: Duration = Duration::from_secs(10);
+
+    /// A directory and a view of it at times that the test chooses.
+    struct Scene {
+        dir: tempfile::TempDir,
+        view: View,
+        start: Instant,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            Self {
+                dir: tempfile::tempdir().unwrap(),
+                view: View::new(TTL),
+                start: Instant::now(),
+            }
+        }
+
+        fn record(worker: u64) -> Record {
+            Record::new(Instance {
+                id: WorkerId(worker),
+                endpoint: "dyn://n.c.e".parse().unwrap(),
+                address: "a:1".to_owned(),
+                metadata: serde_json::Value::Null,
+            })
+            .unwrap()
+        }
+
+        fn now(&self, second: u64) -> Now {
+            Now {
+                instant: self.start + Duration::from_secs(second),
+                system: UNIX_EPOCH + Duration::from_secs(1000 + second),
+            }
+        }
+
+        /// Gives a file a modification time `second`s after the start of the scene.
+        fn touch(&self, name: &str, second: i64) {
+            let time = UNIX_EPOCH + Duration::from_secs((1000 + second).try_into().unwrap());
+            fs::File::options()
+                .write(true)
+                .open(self.dir.path().join(name))
+                .unwrap()
+                .set_modified(time)
+                .unwrap();
+        }
+
+        /// Looks and expires at `second`; returns the workers that are there.
+        fn look(&mut self, second: u64) -> Vec<u64> {
+            let directory = Directory::new(self.dir.path().to_owned());
+            let now = self.now(second);
+            self.view.look(directory.list().unwrap(), now, &mut |name| {
+                directory.read(name).map_err(|error| error.to_string())
+            });
+            self.view.expire(now.instant);
+            let instances = self.view.instances();
+            instances.keys().map(|(worker, _)| worker.0).collect()
+        }
+
+        fn write(&self, record: &Record, second: i64) {
+            let directory = Directory::new(self.dir.path().to_owned());
+            directory.write(record).unwrap();
+            self.touch(&record.alive_name(), second);
+        }
+    }
+
+    #[test]
+    fn a_lease_lasts_as_long_as_the_file_is_touched() {
+        let mut scene = Scene::new();
+        let record = Scene::record(1);
+        scene.write(&record, 0);
+        assert_eq!(scene.look(0), [1]);
+        assert_eq!(scene.look(9), [1]);
+        scene.touch(&record.alive_name(), 9);
+        assert_eq!(scene.look(9), [1]);
+        assert_eq!(scene.look(18), [1]);
+        assert!(scene.look(19).is_empty());
+        // A process that was stopped goes on.
+        scene.touch(&record.alive_name(), 25);
+        assert_eq!(scene.look(26), [1]);
+    }
+
+    #[test]
+    fn clocks_that_differ_between_machines_do_no_harm() {
+        let mut scene = Scene::new();
+        let (behind, ahead) = (Scene::record(1), Scene::record(2));
+        scene.write(&behind, -500);
+        scene.write(&ahead, 500);
+        assert_eq!(scene.look(0), [2], "the first may be a leftover");
+        scene.touch(&behind.alive_name(), -497);
+        assert_eq!(scene.look(3), [1, 2]);
+        assert_eq!(scene.look(10), [1]);
+        assert!(scene.look(13).is_empty());
+    }
+
+    #[test]
+    fn a_file_that_vanishes_is_missed_only_when_its_lease_ends() {
+        let mut scene = Scene::new();
+        let record = Scene::record(1);
+        scene.write(&record, 0);
+        assert_eq!(scene.look(0), [1]);
+        fs::remove_file(scene.dir.path().join(record.alive_name())).unwrap();
+        assert_eq!(scene.look(9), [1]);
+        scene.view.renew_all(scene.now(9).instant);
+        assert_eq!(scene.look(18), [1]);
+        assert!(scene.look(19).is_empty());
+    }
+
+    #[test]
+    fn leaving_counts_at_once_and_only_for_the_registration_that_left() {
+        let mut scene = Scene::new();
+        let (first, second) = (Scene::record(1), Scene::record(1));
+        let directory = Directory::new(scene.dir.path().to_owned());
+        scene.write(&first, 0);
+        assert_eq!(scene.look(0), [1]);
+        directory.leave(&first).unwrap();
+        assert!(scene.look(1).is_empty());
+        scene.write(&second, 1);
+        assert_eq!(scene.look(1), [1]);
+        directory.leave(&first).unwrap();
+        assert_eq!(scene.look(2), [1]);
+    }
+
+    #[test]
+    fn files_of_the_dead_are_stale_after_three_leases() {
+        let mut scene = Scene::new();
+        let record = Scene::record(1);
+        scene.write(&record, 0);
+        fs::write(scene.dir.path().join(".x.tmp"), "").unwrap();
+        fs::write(scene.dir.path().join("broken.json"), "").unwrap();
+        scene.look(0);
+        assert_eq!(
+            scene.view.stale_files(scene.now(30).instant),
+            Vec::<String>::new()
+        );
+        let mut stale = scene.view.stale_files(scene.now(31).instant);
+        stale.sort();
+        assert_eq!(stale, [".x.tmp".to_owned(), record.alive_name()]);
     }
 }
