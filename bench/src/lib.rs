@@ -4,12 +4,16 @@
 //! [`report::Record`]). Limits such as memcpy or a raw socket are measured in the same run as the
 //! figures they bound, because machines and their neighbours change. `--quick` ends in under 30 s.
 //!
+//! * [`transfer`]: block transfers between two processes.
+//! * [`engine`]: prefill and decode speed of the native engine.
 //! * [`serve`]: load on any OpenAI-compatible server.
 //!
 //! Only the launcher depends on this crate: it mounts [`BenchArgs`] and calls [`run`].
 
+pub mod engine;
 pub mod report;
 pub mod serve;
+pub mod transfer;
 
 /// Options of `blockplane bench`.
 #[derive(Clone, Debug, clap::Args)]
@@ -22,8 +26,15 @@ pub struct BenchArgs {
 /// What can be measured.
 #[derive(Clone, Debug, clap::Subcommand)]
 pub enum BenchCommand {
+    /// Measure prefill and decode speed of the native engine, without a server.
+    Engine(engine::EngineArgs),
     /// Load an OpenAI-compatible server and measure its latencies and throughput.
     Serve(serve::ServeArgs),
+    /// Move blocks between two agents and measure bandwidth, latency and idle cost.
+    Transfer(transfer::TransferArgs),
+    /// The other process of `bench transfer`; takes its orders on standard input.
+    #[command(hide = true)]
+    TransferPeer,
 }
 
 /// Runs a benchmark to its end.
@@ -32,6 +43,9 @@ pub enum BenchCommand {
 /// When an option makes no sense, or the benchmark cannot be carried out.
 pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.command {
+        BenchCommand::Engine(args) => engine::run(&args),
         BenchCommand::Serve(args) => serve::run(&args),
+        BenchCommand::Transfer(args) => transfer::run(&args),
+        BenchCommand::TransferPeer => transfer::run_peer(),
     }
 }
