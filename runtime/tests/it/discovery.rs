@@ -89,6 +89,18 @@ async fn conforms(ours: &dyn Discovery, theirs: &dyn Discovery) {
     drop(replaced);
     expect(&mut watch, &[]).await;
 
+    // So does another process, and the two do not fight for it.
+    let ours_again = ours.register(instance(3, "a:3")).await.unwrap();
+    expect(&mut watch, &[(3, "a:3")]).await;
+    let taken_over = theirs.register(instance(3, "b:3")).await.unwrap();
+    expect(&mut watch, &[(3, "b:3")]).await;
+    let mut our_watch = ours.watch("test").await.unwrap();
+    expect(&mut our_watch, &[(3, "b:3")]).await;
+    ours_again.revoke().await.unwrap();
+    expect_unchanged(&watch, Duration::from_millis(200)).await;
+    taken_over.revoke().await.unwrap();
+    expect(&mut watch, &[]).await;
+
     let mut elsewhere = instance(1, "c:1");
     elsewhere.endpoint = "dyn://other.decode.generate".parse().unwrap();
     let _lease = ours.register(elsewhere).await.unwrap();

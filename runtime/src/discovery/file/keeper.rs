@@ -11,7 +11,7 @@ use super::{
     ChangeDetection, Registration, Shared, Status, WatchReply,
     directory::{Directory, Fault},
     notify::{DirectoryNotify, wait},
-    view::{Now, View},
+    view::{Holder, Now, View},
 };
 use crate::discovery::{InstanceKey, Watchers};
 
@@ -206,8 +206,9 @@ impl Keeper {
         self.view.look(entries, now, &mut |name| {
             directory.read(name).map_err(|error| error.to_string())
         });
+        self.yield_to_others();
         for registration in self.registrations.values() {
-            if !self.view.has_file(&registration.record) {
+            if self.view.holder(&registration.record) == Holder::Nobody {
                 self.directory.write(&registration.record)?;
             }
         }
@@ -216,6 +217,22 @@ impl Keeper {
             self.directory.check_writable()?;
         }
         Ok(())
+    }
+
+    /// Gives up registrations that another process has replaced; two that insist would never end.
+    fn yield_to_others(&mut self) {
+        let view = &self.view;
+        self.registrations.retain(|_, registration| {
+            let replaced = view.holder(&registration.record) == Holder::Another;
+            if replaced {
+                tracing::warn!(
+                    file = registration.record.alive_name(),
+                    "another process has registered under the same name; giving way to it"
+                );
+                registration.status.send_replace(Status::Revoked);
+            }
+            !replaced
+        });
     }
 
     fn began(&mut self, fault: &Fault) {

@@ -42,6 +42,17 @@ struct Seen {
     until: Instant,
 }
 
+/// Whose a file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Holder {
+    /// It is missing or damaged.
+    Nobody,
+    /// The registration that was asked about.
+    Registration,
+    /// A registration under the same key by another process.
+    Another,
+}
+
 /// The moment of a look, by both clocks.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Now {
@@ -192,12 +203,14 @@ impl View {
             .collect()
     }
 
-    /// Whether the directory has the file of this registration.
-    pub(super) fn has_file(&self, record: &Record) -> bool {
-        self.files
-            .get(&record.alive_name())
-            .and_then(|file| file.record.as_ref())
-            .is_some_and(|found| found.nonce == record.nonce)
+    /// Whose the file of this registration is, as it was last seen.
+    pub(super) fn holder(&self, record: &Record) -> Holder {
+        let file = self.files.get(&record.alive_name());
+        match file.and_then(|file| file.record.as_ref()) {
+            None => Holder::Nobody,
+            Some(found) if found.nonce == record.nonce => Holder::Registration,
+            Some(_) => Holder::Another,
+        }
     }
 
     /// Files whose processes are dead for sure. Malformed ones are left to whoever made them.
