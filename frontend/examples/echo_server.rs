@@ -2,8 +2,10 @@
 //! measuring the frontend alone.
 //!
 //! ```text
-//! cargo run --release -p blockplane-frontend --example echo_server -- CHECKPOINT_DIR [ADDRESS]
+//! cargo run --release -p blockplane-frontend --example echo_server -- CHECKPOINT_DIR [ADDRESS] [paced]
 //! ```
+//!
+//! With `paced` each token comes on its own, so that each event is a write of its own.
 #![expect(clippy::print_stdout, reason = "a command-line example")]
 
 use std::{error::Error, fs, path::Path, sync::Arc};
@@ -14,12 +16,13 @@ use blockplane_protocol::{
     DType, FinishReason, GenerateError, GenerateRequest, KvLayout, ModelCard, TokenFrame,
     TokenLogprob, TokenOutput, Usage, WorkerRole,
 };
-use futures::stream;
+use futures::{StreamExt as _, stream};
 use tokio::net::TcpListener;
 
 /// Repeats the prompt until the limit.
 struct Echo {
     card: Arc<ModelCard>,
+    paced: bool,
 }
 
 #[async_trait]
@@ -60,7 +63,14 @@ impl ModelService for Echo {
                 }),
             }))
         });
-        Ok(Box::pin(stream::iter(frames)))
+        let frames = stream::iter(frames);
+        if self.paced {
+            return Ok(Box::pin(frames.then(async |frame| {
+                tokio::task::yield_now().await;
+                frame
+            })));
+        }
+        Ok(Box::pin(frames))
     }
 
     fn status(&self) -> ServiceStatus {
@@ -76,7 +86,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
     let path = arguments
         .next()
-        .ok_or("usage: echo_server CHECKPOINT_DIR [ADDRESS]")?;
+        .ok_or("usage: echo_server CHECKPOINT_DIR [ADDRESS] [paced]")?;
     let address = arguments
         .next()
         .unwrap_or_else(|| "127.0.0.1:8000".to_owned());
@@ -99,6 +109,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     println!("model {} on http://{}", card.name, listener.local_addr()?);
     let service = Arc::new(Echo {
         card: Arc::new(card),
+        paced: arguments.next().as_deref() == Some("paced"),
     });
     let stop = async {
         let _ = tokio::signal::ctrl_c().await;

@@ -33,7 +33,7 @@ use crate::{
         params::Params,
         response::{ResponseWriter, Schema, error_event},
     },
-    tokenize::{AssetError, ChatInput, ModelAssets, RenderError, TemplateError},
+    tokenize::{AssetError, ChatInput, ModelAssets, PoolError, RenderError, TemplateError},
 };
 
 /// Milliseconds that the client gives the request.
@@ -169,7 +169,7 @@ async fn admit(
         parse(schema, &body)?
     } else {
         let parsed = app.pool.run(move || parse(schema, &body)).await;
-        parsed.map_err(|error| ApiError::busy(error.to_string()))??
+        parsed.map_err(pool_error)??
     };
     let served = app.service.models();
     let wanted = served.iter().find(|card| card.name == parsed.common.model);
@@ -248,14 +248,17 @@ async fn prepare(
     request_id: RequestId,
     meter: &RequestMeter,
 ) -> Result<Prepared, ApiError> {
-    let assets = app.assets.get(card, served).await.map_err(|error| {
-        if matches!(error, AssetError::Pool(_)) {
-            ApiError::busy(error.to_string())
-        } else {
-            tracing::error!(model = card.name, %error, "cannot load the model's files");
-            ApiError::internal(format!("model '{}' cannot be used: {error}", card.name))
-        }
-    })?;
+    let assets = app
+        .assets
+        .get(card, served)
+        .await
+        .map_err(|error| match error {
+            AssetError::Pool(error) => pool_error(error),
+            error => {
+                tracing::error!(model = card.name, %error, "cannot load the model's files");
+                ApiError::internal(format!("model '{}' cannot be used: {error}", card.name))
+            }
+        })?;
     let began = Instant::now();
     let Parsed {
         mut common,
@@ -263,7 +266,18 @@ async fn prepare(
         echo,
         body_bytes,
     } = parsed;
-    let (prompt, echo_text) = prompt(app, &assets, source, echo, &common, body_bytes).await?;
+    let preparation = Preparation {
+        assets: Arc::clone(&assets),
+        card: Arc::clone(card),
+        add_special_tokens: common.add_special_tokens,
+        echo,
+    };
+    let (prompt, echo_text) = if body_bytes <= app.config.tokenize_inline_bytes_max {
+        preparation.prompt(source)?
+    } else {
+        let done = app.pool.run(move || preparation.prompt(source)).await;
+        done.map_err(pool_error)??
+    };
     meter.prepared(began, prompt.len());
     check_tokens(&common, &prompt, schema, card)?;
     common.stop.max_tokens = output_limit(&common, schema, prompt.len(), card)?;
@@ -311,56 +325,80 @@ async fn prepare(
     })
 }
 
-/// The prompt's tokens, and its text where the response repeats it.
-async fn prompt(
-    app: &Arc<App>,
-    assets: &Arc<ModelAssets>,
-    source: Source,
+/// What making a prompt's tokens needs.
+struct Preparation {
+    assets: Arc<ModelAssets>,
+    card: Arc<ModelCard>,
+    add_special_tokens: Option<bool>,
     echo: bool,
-    common: &CommonParams,
-    body_bytes: usize,
-) -> Result<(Vec<TokenId>, String), ApiError> {
-    let assets = Arc::clone(assets);
-    let add_special = common.add_special_tokens;
-    let work = move || match source {
-        Source::Chat(input) => {
-            let text = assets
-                .render(&input)
-                .map_err(|error| template_error(&error))?;
-            // Templates write special tokens themselves.
-            let tokens = encode(&assets, &text, add_special.unwrap_or(false), "messages")?;
-            Ok((tokens, String::new()))
-        }
-        Source::Prompt(Prompt::Text(text)) => {
-            let tokens = encode(&assets, &text, add_special.unwrap_or(true), "prompt")?;
-            Ok((tokens, if echo { text } else { String::new() }))
-        }
-        Source::Prompt(Prompt::Tokens(tokens)) => {
-            let text = if echo {
-                let decoded = assets.vocabulary().tokenizer().decode(&tokens, true);
-                decoded.map_err(|error| ApiError::invalid("prompt", error.to_string()))?
-            } else {
-                String::new()
-            };
-            Ok((tokens, text))
-        }
-    };
-    if body_bytes <= app.config.tokenize_inline_bytes_max {
-        return work();
-    }
-    let done = app.pool.run(work).await;
-    done.map_err(|error| ApiError::busy(error.to_string()))?
 }
 
-fn encode(
-    assets: &ModelAssets,
-    text: &str,
-    add_special: bool,
-    param: &'static str,
-) -> Result<Vec<TokenId>, ApiError> {
-    assets
-        .encode(text, add_special)
-        .map_err(|error| ApiError::invalid(param, format!("{param} cannot be tokenised: {error}")))
+impl Preparation {
+    /// The prompt's tokens, and its text where the response repeats it.
+    fn prompt(&self, source: Source) -> Result<(Vec<TokenId>, String), ApiError> {
+        match source {
+            Source::Chat(input) => {
+                let rendered = self.assets.render(&input);
+                let text = rendered.map_err(|error| template_error(&error))?;
+                // Templates write special tokens themselves.
+                let add_special = self.add_special_tokens.unwrap_or(false);
+                let tokens = self.encode(&text, add_special, Schema::Chat)?;
+                Ok((tokens, String::new()))
+            }
+            Source::Prompt(Prompt::Text(text)) => {
+                let add_special = self.add_special_tokens.unwrap_or(true);
+                let tokens = self.encode(&text, add_special, Schema::Completion)?;
+                Ok((tokens, if self.echo { text } else { String::new() }))
+            }
+            Source::Prompt(Prompt::Tokens(tokens)) if self.echo => {
+                let tokenizer = self.assets.vocabulary().tokenizer();
+                let text = tokenizer.decode(&tokens, true);
+                let text = text.map_err(|error| ApiError::invalid("prompt", error.to_string()))?;
+                Ok((tokens, text))
+            }
+            Source::Prompt(Prompt::Tokens(tokens)) => Ok((tokens, String::new())),
+        }
+    }
+
+    fn encode(
+        &self,
+        text: &str,
+        add_special: bool,
+        schema: Schema,
+    ) -> Result<Vec<TokenId>, ApiError> {
+        let least = self.assets.vocabulary().tokens_min(text);
+        if least >= self.card.context_tokens_max as usize {
+            // Tokenising a text that cannot fit would only hold a thread.
+            return Err(prompt_too_long(
+                schema,
+                &format!("at least {least}"),
+                &self.card,
+            ));
+        }
+        self.assets.encode(text, add_special).map_err(|error| {
+            let param = prompt_param(schema);
+            ApiError::invalid(param, format!("{param} cannot be tokenised: {error}"))
+        })
+    }
+}
+
+fn pool_error(error: PoolError) -> ApiError {
+    match error {
+        PoolError::Full(_) => ApiError::busy(error.to_string()),
+        PoolError::Panicked => ApiError::internal(error.to_string()),
+    }
+}
+
+fn prompt_too_long(schema: Schema, tokens: &str, card: &ModelCard) -> ApiError {
+    let context = card.context_tokens_max;
+    ApiError::context_length(
+        prompt_param(schema),
+        format!(
+            "the prompt has {tokens} tokens; accepted: at most {}, since the model's context \
+             holds {context} tokens, output included",
+            context.saturating_sub(1)
+        ),
+    )
 }
 
 fn template_error(error: &TemplateError) -> ApiError {
@@ -424,14 +462,7 @@ fn output_limit(
         .and_then(|tokens| context.checked_sub(tokens))
         .filter(|&room| room > 0);
     let Some(room) = room else {
-        return Err(ApiError::context_length(
-            prompt_param(schema),
-            format!(
-                "the prompt has {prompt_tokens} tokens; accepted: at most {}, since the model's \
-                 context holds {context} tokens, output included",
-                context.saturating_sub(1)
-            ),
-        ));
+        return Err(prompt_too_long(schema, &prompt_tokens.to_string(), card));
     };
     let limit = match common.max_tokens {
         Some(MaxTokens { tokens, param }) if tokens > room => {

@@ -13,6 +13,6 @@ mod vocabulary;
 
 pub(crate) use assets::{AssetCache, AssetError, ModelAssets, TemplateError};
 pub(crate) use detokenize::Detokenizer;
-pub(crate) use pool::TokenizePool;
+pub(crate) use pool::{PoolError, TokenizePool};
 pub(crate) use template::{ChatInput, RenderError};
 pub(crate) use vocabulary::Vocabulary;

@@ -1,4 +1,7 @@
 //! Chat templates of Hugging Face checkpoints, in the environment that transformers gives them.
+//!
+//! Known differences: `strftime_now` tells UTC, and `loop.last` stays false in a loop over the
+//! characters of a string.
 
 use std::{
     fmt,

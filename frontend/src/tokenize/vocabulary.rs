@@ -22,6 +22,8 @@ pub(crate) struct Vocabulary {
     ends: Vec<u32>,
     flags: Vec<u8>,
     replaces_each_byte: bool,
+    /// Bytes of text that one token stands for at most, where every byte of a text is in a token.
+    token_bytes_max: Option<usize>,
 }
 
 /// How tokens become text.
@@ -44,6 +46,9 @@ pub(crate) enum Start {
     DropMetaspaces,
 }
 
+/// How much shorter composing its characters can make a text.
+const NORMALISED_SHRINK_MAX: usize = 4;
+
 const KNOWN: u8 = 1;
 const SPECIAL: u8 = 2;
 /// The entry is one byte that may be part of a character.
@@ -61,6 +66,7 @@ impl Vocabulary {
             ends: Vec::new(),
             flags: Vec::new(),
             replaces_each_byte: plan.as_ref().is_some_and(|plan| plan.byte_fallback),
+            token_bytes_max: None,
             tokenizer,
         };
         let byte_of_char = byte_of_char();
@@ -96,11 +102,31 @@ impl Vocabulary {
             vocabulary.ends.push(end);
             vocabulary.flags.push(flags);
         }
+        if plan.is_some_and(|plan| plan.byte_level || plan.byte_fallback) {
+            let starts = std::iter::once(0).chain(vocabulary.ends.iter().copied());
+            let lengths = vocabulary
+                .ends
+                .iter()
+                .zip(starts)
+                .map(|(end, start)| end - start);
+            // A normaliser may compose characters, which makes text shorter.
+            let shrink = match vocabulary.tokenizer.get_normalizer() {
+                None => 1,
+                Some(_) => NORMALISED_SHRINK_MAX,
+            };
+            vocabulary.token_bytes_max = lengths.max().map(|bytes| bytes as usize * shrink);
+        }
         vocabulary
     }
 
     pub(crate) fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
+    }
+
+    /// Tokens that `text` has at least, without tokenising it.
+    pub(crate) fn tokens_min(&self, text: &str) -> usize {
+        self.token_bytes_max
+            .map_or(0, |bytes| text.len() / bytes.max(1))
     }
 
     pub(crate) fn scheme(&self) -> Scheme {

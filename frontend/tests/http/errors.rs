@@ -442,3 +442,36 @@ async fn a_broken_tokenizer_is_named_and_may_be_repaired() {
     write(&server.checkpoint, "tokenizer.json", &good);
     server.post(CHAT, &chat(&json!({}))).await.ok();
 }
+
+#[tokio::test]
+async fn a_panic_behind_the_routes_costs_one_request() {
+    let server = Server::saying("x").await;
+    server.answer(|_| panic!("on purpose"));
+    let reply = server.post(CHAT, &chat(&json!({}))).await;
+    assert_eq!(reply.status, 500);
+    assert_eq!(reply.error()["code"], "internal_error");
+    assert_eq!(server.get("/live").await.status, 200);
+}
+
+#[tokio::test]
+async fn a_text_that_cannot_fit_is_refused_without_tokenising_it() {
+    let server = Server::saying("x").await;
+    let text = "y".repeat(20_000_000);
+    for (path, body) in [
+        (COMPLETIONS, completion(&json!({"prompt": text}))),
+        (
+            CHAT,
+            chat(&json!({"messages": [{"role": "user", "content": text}]})),
+        ),
+    ] {
+        let reply = server.post(path, &body).await;
+        assert_eq!(reply.status, 400);
+        let error = reply.error();
+        assert_eq!(error["code"], "context_length_exceeded");
+        let message = error["message"].as_str().unwrap();
+        assert!(
+            message.contains("at least 1666") && message.contains("at most 999"),
+            "{message}"
+        );
+    }
+}
