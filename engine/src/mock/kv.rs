@@ -77,8 +77,26 @@ impl<'a> Cells<'a> {
 
     /// The chain of the first `count` tokens, after a check of all their cells in all layers.
     pub(super) fn verified_chain(&self, count: u32) -> Result<u64, ForwardError> {
-        let layers = self.arena.layout().layers;
-        (0..layers).try_fold(START, |_, layer| self.checked_range(layer, 0..count, START))
+        let layout = self.arena.layout();
+        let mut run = vec![0; layout.layer_bytes()];
+        (0..layout.layers).try_fold(START, |_, layer| {
+            let mut chain = START;
+            for first in (0..count).step_by(layout.block_tokens as usize) {
+                self.read(self.run_offset(layer, first), &mut run);
+                let end = count.min(first.saturating_add(layout.block_tokens));
+                let (keys, values) = run.split_at(layout.plane_bytes());
+                let cells = keys.as_chunks().0.iter().zip(values.as_chunks().0);
+                for (position, (key, value)) in (first..end).zip(cells) {
+                    let cell = self.cell(key, value, layer, position)?;
+                    if cell.chain != extend(chain, position, cell.token) {
+                        let found = "the KV of another sequence or place";
+                        return Err(self.wrong(layer, position, found));
+                    }
+                    chain = cell.chain;
+                }
+            }
+            Ok(chain)
+        })
     }
 
     /// The chain of the first `count` tokens, after a check of the last one's cells in the first
@@ -87,7 +105,10 @@ impl<'a> Cells<'a> {
         let Some(position) = count.checked_sub(1) else {
             return Ok(START);
         };
-        self.cell(0, position).map(|cell| cell.chain)
+        let [mut key, mut value] = [[0; CELL_BYTES]; PLANES];
+        self.read(self.cell_offset(0, 0, position), &mut key);
+        self.read(self.cell_offset(0, 1, position), &mut value);
+        self.cell(&key, &value, 0, position).map(|cell| cell.chain)
     }
 
     /// Writes the cells of the tokens from `position` on in one layer. `chains` holds the chain
@@ -96,41 +117,26 @@ impl<'a> Cells<'a> {
         for ((position, &token), &chain) in (position..).zip(tokens).zip(chains) {
             for plane in 0..PLANES {
                 let cell = Cell { chain, token }.to_bytes(layer, plane);
-                let offset = self.offset(layer, plane, position);
+                let offset = self.cell_offset(layer, plane, position);
                 let written = self.arena.registration().write_at(offset, &cell);
                 written.expect("cells are inside the arena");
             }
         }
     }
 
-    /// Checks that cells continue `chain`; returns where it ends.
-    fn checked_range(
-        &self,
-        layer: u32,
-        mut positions: std::ops::Range<u32>,
-        chain: u64,
-    ) -> Result<u64, ForwardError> {
-        positions.try_fold(chain, |chain, position| {
-            let cell = self.cell(layer, position)?;
-            if cell.chain == extend(chain, position, cell.token) {
-                Ok(cell.chain)
-            } else {
-                Err(self.wrong(layer, position, "the KV of another sequence or place"))
-            }
-        })
-    }
-
     /// A token's cell, which both planes must agree on.
-    fn cell(&self, layer: u32, position: u32) -> Result<Cell, ForwardError> {
-        let read = |plane| {
-            let mut bytes = [0; CELL_BYTES];
-            let offset = self.offset(layer, plane, position);
-            let read = self.arena.registration().read_at(offset, &mut bytes);
-            read.expect("cells are inside the arena");
+    fn cell(
+        &self,
+        key: &[u8; CELL_BYTES],
+        value: &[u8; CELL_BYTES],
+        layer: u32,
+        position: u32,
+    ) -> Result<Cell, ForwardError> {
+        let read = |bytes: &_, plane| {
             Cell::from_bytes(bytes, layer, plane)
                 .ok_or_else(|| self.wrong(layer, position, "bytes that were not written for it"))
         };
-        let (key, value) = (read(0)?, read(1)?);
+        let (key, value) = (read(key, 0)?, read(value, 1)?);
         if key == value {
             Ok(key)
         } else {
@@ -138,19 +144,32 @@ impl<'a> Cells<'a> {
         }
     }
 
-    fn offset(&self, layer: u32, plane: usize, position: u32) -> u64 {
+    fn read(&self, offset: u64, into: &mut [u8]) {
+        let read = self.arena.registration().read_at(offset, into);
+        read.expect("runs are inside the arena");
+    }
+
+    /// Where the run of a token's block starts in the arena.
+    fn run_offset(&self, layer: u32, position: u32) -> u64 {
+        let run = self.strides.run_offset(self.block(position).0, layer);
+        run.expect("blocks and layers are in range")
+    }
+
+    fn cell_offset(&self, layer: u32, plane: usize, position: u32) -> u64 {
         let layout = self.arena.layout();
-        let block = self.blocks[(position / layout.block_tokens) as usize];
         let slot = (position % layout.block_tokens) as usize;
         let in_run = plane * layout.plane_bytes() + slot * CELL_BYTES;
-        let run = self.strides.run_offset(block.0, layer);
-        run.expect("blocks and layers are in range") + in_run as u64
+        self.run_offset(layer, position) + in_run as u64
+    }
+
+    fn block(&self, position: u32) -> BlockId {
+        self.blocks[(position / self.arena.layout().block_tokens) as usize]
     }
 
     fn wrong(&self, layer: u32, position: u32, found: &'static str) -> ForwardError {
         ForwardError::Contents {
             sequence: self.sequence,
-            block: self.blocks[(position / self.arena.layout().block_tokens) as usize],
+            block: self.block(position),
             position,
             layer,
             found,
@@ -173,7 +192,7 @@ impl Cell {
         bytes
     }
 
-    fn from_bytes(bytes: [u8; CELL_BYTES], layer: u32, plane: usize) -> Option<Self> {
+    fn from_bytes(bytes: &[u8; CELL_BYTES], layer: u32, plane: usize) -> Option<Self> {
         let (chain, rest) = bytes.split_first_chunk()?;
         let (token, tag) = rest.split_first_chunk()?;
         let cell = Self {

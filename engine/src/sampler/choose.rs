@@ -29,8 +29,14 @@ impl Filters {
 /// The token with the largest logit, the first of several; `None` when none is possible.
 pub(super) fn likeliest(logits: &[f32]) -> Option<TokenId> {
     let max = largest(logits)?;
-    let index = logits.iter().position(|&logit| logit >= max)?;
-    Some(token_id(index))
+    // By chunks, in which every logit is compared: that is done in vector registers.
+    let reaches = |some, &logit: &f32| some | (logit >= max);
+    let mut chunks = logits.chunks(CHUNK);
+    let chunk = chunks.position(|chunk| chunk.iter().fold(false, reaches))?;
+    let mut rest = logits.iter().skip(chunk * CHUNK);
+    Some(token_id(
+        chunk * CHUNK + rest.position(|&logit| logit >= max)?,
+    ))
 }
 
 /// The token that `random`, uniform in `[0, 1)`, falls on; `None` when none is possible.
