@@ -1,6 +1,9 @@
 //! The model against what transformers computed for the fixture checkpoints.
 
-#[expect(dead_code, reason = "shared with other test files, which use other parts")]
+#[expect(
+    dead_code,
+    reason = "shared with other test files, which use other parts"
+)]
 mod common;
 
 use blockplane_engine::ops::{Compute, Isa};

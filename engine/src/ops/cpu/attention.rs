@@ -25,6 +25,15 @@ pub(super) trait Cached: Copy {
     unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::F;
     /// Widens one element.
     fn widen(self) -> f32;
+    /// Elements of each row that [`transpose`](Self::transpose) takes.
+    fn transposed<S: Simd>() -> usize;
+    /// Widens a square of `LANES` rows and turns it: number `r` of row `c` goes to
+    /// `to + r * stride + c`.
+    ///
+    /// # Safety
+    /// `LANES` pointers at `rows` are valid for reading `transposed` elements, `to` for writing
+    /// as many rows of `LANES` numbers.
+    unsafe fn transpose<S: Simd>(s: S, rows: *const *const Self, to: *mut f32, stride: usize);
 }
 
 impl Cached for f32 {
@@ -36,6 +45,15 @@ impl Cached for f32 {
     #[inline(always)]
     fn widen(self) -> f32 {
         self
+    }
+    #[inline(always)]
+    fn transposed<S: Simd>() -> usize {
+        S::LANES
+    }
+    #[inline(always)]
+    unsafe fn transpose<S: Simd>(s: S, rows: *const *const Self, to: *mut f32, stride: usize) {
+        // SAFETY: the caller's.
+        unsafe { s.transpose(rows, to, stride) };
     }
 }
 
@@ -50,13 +68,22 @@ impl Cached for u16 {
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self) << 16)
     }
+    #[inline(always)]
+    fn transposed<S: Simd>() -> usize {
+        2 * S::LANES
+    }
+    #[inline(always)]
+    unsafe fn transpose<S: Simd>(s: S, rows: *const *const Self, to: *mut f32, stride: usize) {
+        // SAFETY: the caller's.
+        unsafe { s.transpose_bf16(rows, to, stride) };
+    }
 }
 
 /// One tile of rows of one sequence for one key/value head.
 ///
 /// Whoever calls the kernel with it promises: `queries` has `tokens * group` rows of `head_dim`
-/// numbers, token by token; `key_row(p)` and `value_row(p)` point to `head_dim` elements each, for
-/// every position below `position + tokens`; `out` has `head_dim` numbers for head `g` of token `t`
+/// numbers, token by token; `key_run(p)` points to whole keys, and `value_offset` elements after it
+/// to their values, for every position `p` below `position + tokens`; `out` has `head_dim` numbers for head `g` of token `t`
 /// at `out + t * out_stride + g * head_dim` that nobody else touches.
 pub(super) struct Attend<'a, K> {
     pub(super) queries: *const f32,
@@ -68,8 +95,8 @@ pub(super) struct Attend<'a, K> {
     pub(super) position: usize,
     /// Tokens seen, the current one included.
     pub(super) window: usize,
-    /// The elements of the key at a position; those of the value are `value_offset` after it.
-    pub(super) key_row: &'a dyn Fn(usize) -> *const K,
+    /// The key at a position, and how many keys from there on lie one after the other.
+    pub(super) key_run: &'a dyn Fn(usize) -> (*const K, usize),
     pub(super) value_offset: usize,
     pub(super) out: *mut f32,
     pub(super) out_stride: usize,
@@ -123,8 +150,13 @@ pub(super) unsafe fn attend<S: Simd, K: Cached, const ROWS: usize, const VECTORS
     for base in (first - first % KEYS..end).step_by(KEYS) {
         let count = KEYS.min(end - base);
         let mut at = [std::ptr::null::<K>(); KEYS];
-        for (t, at) in at[..count].iter_mut().enumerate() {
-            *at = (a.key_row)(base + t);
+        let mut t = 0;
+        while t < count {
+            let (key, run) = (a.key_run)(base + t);
+            for (i, at) in at[t..count].iter_mut().take(run).enumerate() {
+                *at = key.wrapping_add(i * dim);
+            }
+            t += run;
         }
         // SAFETY: the rows are there by the contract, the panels have room for `KEYS` positions.
         unsafe {
@@ -260,26 +292,40 @@ fn fold<S: Simd>(
     };
 }
 
-/// Keys as panels `[position / width][dim][position % width]`, zero where there is none.
+/// Keys as panels `[position / width][dim][position % width]`; anything where there is none.
 ///
 /// # Safety
 /// Every pointer of `at` is valid for `dim` elements, and `out` has `dim * KEYS` numbers.
 #[inline(always)]
 unsafe fn pack_keys<S: Simd, K: Cached>(
-    _s: S,
+    s: S,
     at: &[*const K],
     dim: usize,
     width: usize,
     out: &mut [f32],
 ) {
-    for t in 0..KEYS {
-        let panel = &mut out[(t / width) * width * dim..][..width * dim];
-        for d in 0..dim {
-            panel[d * width + t % width] = match at.get(t) {
+    let step = K::transposed::<S>();
+    for (group, at) in at.chunks(S::LANES).enumerate() {
+        let t = group * S::LANES;
+        let out = &mut out[t / width * width * dim + t % width..];
+        let whole = if at.len() == S::LANES {
+            dim - dim % step
+        } else {
+            0
+        };
+        for d in (0..whole).step_by(step) {
+            let mut rows = [std::ptr::null::<K>(); KEYS];
+            for (row, &at) in rows.iter_mut().zip(at) {
+                *row = at.wrapping_add(d);
+            }
+            // SAFETY: a whole group of rows with `step` more elements, and room for as many.
+            unsafe { K::transpose(s, rows.as_ptr(), out.as_mut_ptr().add(d * width), width) };
+        }
+        for (t, &row) in at.iter().enumerate() {
+            for d in whole..dim {
                 // SAFETY: the caller's; `d < dim`.
-                Some(&row) => unsafe { *row.add(d) }.widen(),
-                None => 0.0,
-            };
+                out[d * width + t] = unsafe { *row.add(d) }.widen();
+            }
         }
     }
 }

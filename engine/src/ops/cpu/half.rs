@@ -8,6 +8,7 @@
 )]
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::gemm::{Product, finish};
 use super::rows;
@@ -15,10 +16,11 @@ use super::simd::{Avx512, Simd};
 
 /// Outputs per panel.
 pub(super) const WIDTH: usize = 64;
-/// Terms summed in half precision before they are added in single precision.
+/// Terms summed in half precision, in each of two sums per output, before these are added up in
+/// single precision.
 const TERMS: usize = 64;
 /// Operands of half-precision products are scaled by powers of two to magnitudes below this, so
-/// that no sum of `TERMS` products can overflow: 64 * 16 * 16 < 65504.
+/// that no two sums of `TERMS` products can overflow: 2 * 64 * 16 * 16 < 65504.
 const MAGNITUDE: f32 = 16.0;
 
 /// Half-precision rows and panels: a product, and the powers of two to undo the scaling.
@@ -74,74 +76,97 @@ pub(super) unsafe fn narrow_fp16(n: usize, x: *const f32, out: *mut u16) -> f32 
     up
 }
 
-/// All rows against a panel `[input][64]` of half precision.
+/// All rows against a panel `[input / 2][64][2]` of half precision.
+///
+/// The inputs are taken in chunks that stay in the first-level cache while all rows pass by.
 ///
 /// # Safety
 /// As [`Product`] says; `row_scales` has one number per row; the processor has AVX512-FP16.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512fp16,avx2,fma")]
 pub(super) unsafe fn product_fp16(p: Scaled) {
-    macro_rules! dispatch {
-        ($rows:expr, $row:expr, $($m:literal)*) => {
-            match $rows {
-                // SAFETY: the caller's; that many rows from `row` on are there.
-                $($m => unsafe { tile_fp16::<$m>(p, $row) },)*
-                // SAFETY: as above.
-                _ => unsafe { tile_fp16::<12>(p, $row) },
+    let pairs = p.product.inputs.div_ceil(2);
+    for first in (0..pairs).step_by(TERMS) {
+        let chunk = first..(first + TERMS).min(pairs);
+        let mut row = 0;
+        while row < p.product.rows {
+            let rows = (p.product.rows - row).min(6);
+            // SAFETY: the caller's; `rows` rows from `row` on are there, and so are the pairs.
+            unsafe {
+                match rows {
+                    1 => tile_fp16::<1>(p, row, chunk.clone()),
+                    2 => tile_fp16::<2>(p, row, chunk.clone()),
+                    3 => tile_fp16::<3>(p, row, chunk.clone()),
+                    4 => tile_fp16::<4>(p, row, chunk.clone()),
+                    5 => tile_fp16::<5>(p, row, chunk.clone()),
+                    _ => tile_fp16::<6>(p, row, chunk.clone()),
+                }
             }
-        };
-    }
-    let mut row = 0;
-    while row < p.product.rows {
-        let rows = (p.product.rows - row).min(12);
-        dispatch!(rows, row, 1 2 3 4 5 6 7 8 9 10 11);
-        row += rows;
+            row += rows;
+        }
     }
 }
 
+/// Even inputs are summed in the low half of every 32 bits, odd ones in the high half, so that one
+/// broadcast of 32 bits brings two inputs; a broadcast of 16 bits would take the port that the
+/// products need.
+///
 /// # Safety
-/// As [`product_fp16`] says, and `row + M <= rows`.
+/// As [`product_fp16`] says, `row + M <= rows`, and the panel has these pairs of inputs.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512fp16,avx2,fma")]
-unsafe fn tile_fp16<const M: usize>(scaled: Scaled, row: usize) {
+unsafe fn tile_fp16<const M: usize>(scaled: Scaled, row: usize, pairs: Range<usize>) {
     let p = scaled.product;
-    let mut sums = [[_mm512_setzero_ps(); 4]; M];
-    // SAFETY: `Product` covers `inputs` inputs of the panel and of `M` rows from `row` on.
+    let is_first = pairs.start == 0;
+    let mut sums = [[_mm512_setzero_ph(); 4]; M];
+    // SAFETY: `Product` covers the pairs of the panel and of `M` rows from `row` on.
     unsafe {
         let x = p.x.add(row * p.x_stride);
-        let mut from = 0;
-        while from < p.inputs {
-            let to = (from + TERMS).min(p.inputs);
-            let mut halves = [[_mm512_setzero_ph(); 2]; M];
-            for input in from..to {
-                let weights = p.panel.add(input * WIDTH);
-                let low = _mm512_castsi512_ph(_mm512_loadu_si512(weights.cast()));
-                let high = _mm512_castsi512_ph(_mm512_loadu_si512(weights.add(32).cast()));
-                for (m, halves) in halves.iter_mut().enumerate() {
-                    let x = x.add(m * p.x_stride + input).cast::<i16>();
-                    let x = _mm512_castsi512_ph(_mm512_set1_epi16(*x));
-                    halves[0] = _mm512_fmadd_ph(x, low, halves[0]);
-                    halves[1] = _mm512_fmadd_ph(x, high, halves[1]);
+        for pair in pairs {
+            let weights = p.panel.add(pair * 2 * WIDTH);
+            let mut panel = [_mm512_setzero_ph(); 4];
+            for (v, panel) in panel.iter_mut().enumerate() {
+                let bits = _mm512_loadu_si512(weights.add(v * 32).cast());
+                *panel = _mm512_castsi512_ph(bits);
+            }
+            for (m, sums) in sums.iter_mut().enumerate() {
+                let x = x.add(m * p.x_stride + 2 * pair).cast::<i32>();
+                let x = _mm512_castsi512_ph(_mm512_set1_epi32(x.read_unaligned()));
+                for (sum, &weights) in sums.iter_mut().zip(&panel) {
+                    *sum = _mm512_fmadd_ph(x, weights, *sum);
                 }
             }
-            for (sums, halves) in sums.iter_mut().zip(&halves) {
-                for (half, &sum) in halves.iter().enumerate() {
-                    let bits = _mm512_castph_si512(sum);
-                    let low = _mm512_cvtph_ps(_mm512_castsi512_si256(bits));
-                    let high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(bits));
-                    sums[2 * half] = _mm512_add_ps(sums[2 * half], low);
-                    sums[2 * half + 1] = _mm512_add_ps(sums[2 * half + 1], high);
-                }
-            }
-            from = to;
         }
-        let s = Avx512::assume();
-        for (m, sums) in sums.iter_mut().enumerate() {
-            let scale = s.splat(*scaled.row_scales.add(row + m) * scaled.panel_scale);
-            for sum in sums.iter_mut() {
-                *sum = s.mul(*sum, scale);
+        for (m, sums) in sums.iter().enumerate() {
+            let scale = *scaled.row_scales.add(row + m) * scaled.panel_scale;
+            let scale = _mm512_set1_ps(scale);
+            let out = p.out.add((row + m) * p.out_stride);
+            for (v, &sum) in sums.iter().enumerate() {
+                let at = out.add(v * 16);
+                let so_far = match (is_first && !p.add, p.bias.is_null()) {
+                    (false, _) => _mm512_loadu_ps(at),
+                    (true, true) => _mm512_setzero_ps(),
+                    (true, false) => _mm512_loadu_ps(p.bias.add(v * 16)),
+                };
+                _mm512_storeu_ps(at, _mm512_fmadd_ps(add_halves(sum), scale, so_far));
             }
-            finish(s, sums, p.bias, p.out.add((row + m) * p.out_stride), p.add);
         }
     }
+}
+
+/// The sum of the two half-precision numbers in every 32 bits, in single precision.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512fp16,avx2,fma")]
+fn add_halves(x: __m512h) -> __m512 {
+    // Sign, and exponent and fraction moved to their places; the exponents differ by 112.
+    const SIGN_AND_REST: i32 = 0x8fff_e000_u32.cast_signed();
+    const TWO_TO_112: f32 = 5.192_297e33;
+    let bits = _mm512_castph_si512(x);
+    let swapped = _mm512_castsi512_ph(_mm512_rol_epi32::<16>(bits));
+    let bits = _mm512_castph_si512(_mm512_add_ph(x, swapped));
+    let moved = _mm512_and_si512(
+        _mm512_srai_epi32::<3>(bits),
+        _mm512_set1_epi32(SIGN_AND_REST),
+    );
+    _mm512_mul_ps(_mm512_castsi512_ps(moved), _mm512_set1_ps(TWO_TO_112))
 }
 
 /// All rows against a panel `[input / 2][64][2]` of bfloat16.

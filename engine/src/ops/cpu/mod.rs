@@ -37,8 +37,12 @@ pub use self::isa::{Isa, IsaError};
 pub use self::pack::Weight;
 pub use self::pool::PoolError;
 
-/// Rows are padded to whole vectors of every instruction set and to cache lines.
+/// Single-precision rows are padded to whole panels of every instruction set.
 const COLUMNS_MULTIPLE: usize = 64;
+/// Bytes of a cache line of every processor here.
+const CACHE_LINE_BYTES: usize = 64;
+/// A multiple of the rows of a tile of every kernel.
+const TILE_ROWS_MULTIPLE: usize = 12;
 /// Rows of one item of an element-wise loop.
 const ROWS_PER_ITEM: usize = 8;
 /// Query rows of one item of attention: enough to pay for packing the keys.
@@ -379,13 +383,14 @@ impl CpuOps {
                     scales: of_panels,
                 },
             ) => {
+                let length = inputs.next_multiple_of(2) * self.width;
                 let p = half::Scaled {
                     product: Product {
                         x: data.as_slice()[rows.start * x.stride..].as_ptr(),
                         x_stride: x.stride,
                         rows: rows.len(),
                         inputs,
-                        panel: panels.as_slice()[panel * inputs * self.width..].as_ptr(),
+                        panel: panels.as_slice()[panel * length..].as_ptr(),
                         bias,
                         out,
                         out_stride,
@@ -438,10 +443,12 @@ impl CpuOps {
             let tokens = tile.min(sequence.rows.len() - token);
             let row = sequence.rows.start + token;
             let blocks = &batch.blocks[sequence.blocks.clone()];
-            let key_row = |position: usize| {
+            let key_run = |position: usize| {
                 let run = kv.run_ptr(blocks[position / block_tokens], layer);
-                let at = head * head_elements + position % block_tokens * shape.head_dim;
-                run.as_ptr().cast::<K>().cast_const().wrapping_add(at)
+                let token = position % block_tokens;
+                let at = head * head_elements + token * shape.head_dim;
+                let key = run.as_ptr().cast::<K>().cast_const().wrapping_add(at);
+                (key, block_tokens - token)
             };
             let first_query = (head * rows + row) * group * shape.head_dim;
             SCRATCH.with_borrow_mut(|scratch| {
@@ -452,7 +459,7 @@ impl CpuOps {
                     tokens,
                     position: sequence.position + token,
                     window: shape.window.map_or(usize::MAX, |window| window as usize),
-                    key_row: &key_row,
+                    key_run: &key_run,
                     value_offset: shape.kv_heads * head_elements,
                     out: out.at(row * stride + head * group * shape.head_dim),
                     out_stride: stride,
@@ -492,7 +499,9 @@ impl Ops for CpuOps {
     }
 
     fn matrix(&self, rows: usize, columns: usize) -> io::Result<Matrix> {
-        let stride = columns.next_multiple_of(COLUMNS_MULTIPLE);
+        // Whole panels, and an odd number of cache lines: rows then fall into different sets.
+        let line = CACHE_LINE_BYTES / size_of::<f32>();
+        let stride = columns.next_multiple_of(COLUMNS_MULTIPLE) + line;
         Ok(Matrix {
             data: Zeroed::new(rows * stride)?,
             rows,
@@ -502,7 +511,10 @@ impl Ops for CpuOps {
     }
 
     fn input(&self, rows: usize, columns: usize) -> io::Result<Input> {
-        let stride = columns.next_multiple_of(COLUMNS_MULTIPLE);
+        // An odd number of cache lines: the rows of a tile then fall into different sets.
+        let element = if self.narrow_inputs { 2 } else { 4 };
+        let line = CACHE_LINE_BYTES / element;
+        let stride = (columns.div_ceil(line) | 1) * line;
         let data = if self.narrow_inputs {
             InputData::Narrow {
                 data: Zeroed::new(rows * stride)?,
@@ -598,7 +610,11 @@ impl Ops for CpuOps {
         );
         let panels = weight.outputs.div_ceil(self.width);
         let element = if self.narrow_inputs { 2 } else { 4 };
-        let rows_per_item = (INPUT_BYTES_CACHED / (x.stride * element)).clamp(48, 480) / 24 * 24;
+        let rows_cached = (INPUT_BYTES_CACHED / (x.stride * element)).max(48);
+        // Chunks of about the same size, in whole tiles.
+        let rows_per_item = rows
+            .div_ceil(rows.div_ceil(rows_cached).max(1))
+            .next_multiple_of(TILE_ROWS_MULTIPLE);
         let row_items = rows.div_ceil(rows_per_item);
         let panel_bytes = weight.inputs * self.width * 2;
         // At least four items per thread, so that a thread that is late has little left to do.

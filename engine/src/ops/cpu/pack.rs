@@ -25,7 +25,7 @@ pub(super) enum Panels {
     F32(Zeroed<f32>),
     /// `[inputs / 2][width][2]`.
     Bf16(Zeroed<u16>),
-    /// `[inputs][width]`, each panel scaled by a power of two whose inverse is in `scales`.
+    /// `[inputs / 2][width][2]`, each panel scaled by a power of two whose inverse is in `scales`.
     Fp16 {
         panels: Zeroed<u16>,
         scales: Zeroed<f32>,
@@ -99,7 +99,7 @@ pub(super) fn pack(
             Panels::Bf16(panels)
         }
         Format::Fp16 => {
-            let length = inputs * width;
+            let length = inputs.next_multiple_of(2) * width;
             let mut panels = Zeroed::new(count * length)?;
             let mut scales = Zeroed::new(count)?;
             let out = Shared::new(panels.as_mut_ptr());
@@ -121,7 +121,8 @@ pub(super) fn pack(
                 inverse[0] = up;
                 for (lane, row) in rows() {
                     row.for_each(|input, x| {
-                        out[input * width + lane] = half::f16::from_f32(x * down).to_bits();
+                        let at = (input / 2 * width + lane) * 2 + input % 2;
+                        out[at] = half::f16::from_f32(x * down).to_bits();
                     });
                 }
             });

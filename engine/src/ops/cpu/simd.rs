@@ -60,6 +60,43 @@ pub(super) trait Simd: Copy {
     /// Greatest of the numbers.
     fn greatest(self, x: Self::F) -> f32;
 
+    /// Turns a square: number `r` of row `c` goes to `to + r * stride + c`.
+    ///
+    /// # Safety
+    /// `LANES` pointers at `rows` are valid for reading `LANES` numbers, `to` for writing `LANES`
+    /// rows of `LANES` numbers, `stride` apart.
+    #[inline(always)]
+    unsafe fn transpose(self, rows: *const *const f32, to: *mut f32, stride: usize) {
+        for c in 0..Self::LANES {
+            // SAFETY: the caller's; `c` and `r` are below `LANES`.
+            let row = unsafe { *rows.add(c) };
+            for r in 0..Self::LANES {
+                // SAFETY: as above.
+                let x = unsafe { *row.add(r) };
+                // SAFETY: as above.
+                unsafe { *to.add(r * stride + c) = x };
+            }
+        }
+    }
+
+    /// Like [`transpose`](Self::transpose) for rows of `2 * LANES` bfloat16, widened.
+    ///
+    /// # Safety
+    /// As for `transpose`, with twice as many elements of each row and rows of `to`.
+    #[inline(always)]
+    unsafe fn transpose_bf16(self, rows: *const *const u16, to: *mut f32, stride: usize) {
+        for c in 0..Self::LANES {
+            // SAFETY: the caller's; `c` is below `LANES` and `r` below twice that.
+            let row = unsafe { *rows.add(c) };
+            for r in 0..2 * Self::LANES {
+                // SAFETY: as above.
+                let bits = u32::from(unsafe { *row.add(r) }) << 16;
+                // SAFETY: as above.
+                unsafe { *to.add(r * stride + c) = f32::from_bits(bits) };
+            }
+        }
+    }
+
     /// `e^x`; arguments outside of what single precision can hold are moved to its ends.
     #[inline(always)]
     fn exp(self, x: Self::F) -> Self::F {
@@ -219,6 +256,35 @@ mod x86 {
         }};
     }
 
+    impl Avx512 {
+        /// Swaps rows and columns: first within squares of 4 by 4, then the squares.
+        #[inline(always)]
+        fn turn(self, x: &mut [__m512; 16]) {
+            let mut y = *x;
+            for i in (0..16).step_by(4) {
+                let low_01 = proven!(self: _mm512_unpacklo_ps(x[i], x[i + 1]));
+                let high_01 = proven!(self: _mm512_unpackhi_ps(x[i], x[i + 1]));
+                let low_23 = proven!(self: _mm512_unpacklo_ps(x[i + 2], x[i + 3]));
+                let high_23 = proven!(self: _mm512_unpackhi_ps(x[i + 2], x[i + 3]));
+                y[i] = proven!(self: _mm512_shuffle_ps::<0x44>(low_01, low_23));
+                y[i + 1] = proven!(self: _mm512_shuffle_ps::<0xee>(low_01, low_23));
+                y[i + 2] = proven!(self: _mm512_shuffle_ps::<0x44>(high_01, high_23));
+                y[i + 3] = proven!(self: _mm512_shuffle_ps::<0xee>(high_01, high_23));
+            }
+            // `y[4 * g + j]` now has, in its quarter `q`, column `4 * q + j` of the rows of group `g`.
+            for j in 0..4 {
+                let even_01 = proven!(self: _mm512_shuffle_f32x4::<0x88>(y[j], y[4 + j]));
+                let odd_01 = proven!(self: _mm512_shuffle_f32x4::<0xdd>(y[j], y[4 + j]));
+                let even_23 = proven!(self: _mm512_shuffle_f32x4::<0x88>(y[8 + j], y[12 + j]));
+                let odd_23 = proven!(self: _mm512_shuffle_f32x4::<0xdd>(y[8 + j], y[12 + j]));
+                x[j] = proven!(self: _mm512_shuffle_f32x4::<0x88>(even_01, even_23));
+                x[8 + j] = proven!(self: _mm512_shuffle_f32x4::<0xdd>(even_01, even_23));
+                x[4 + j] = proven!(self: _mm512_shuffle_f32x4::<0x88>(odd_01, odd_23));
+                x[12 + j] = proven!(self: _mm512_shuffle_f32x4::<0xdd>(odd_01, odd_23));
+            }
+        }
+    }
+
     impl Simd for Avx2 {
         type F = __m256;
         const LANES: usize = 8;
@@ -374,6 +440,34 @@ mod x86 {
         #[inline(always)]
         fn greatest(self, x: __m512) -> f32 {
             proven!(self: _mm512_reduce_max_ps(x))
+        }
+        #[inline(always)]
+        unsafe fn transpose(self, rows: *const *const f32, to: *mut f32, stride: usize) {
+            let mut square = [proven!(self: _mm512_setzero_ps()); 16];
+            for (c, row) in square.iter_mut().enumerate() {
+                *row = proven!(self: _mm512_loadu_ps(*rows.add(c)));
+            }
+            self.turn(&mut square);
+            for (r, &row) in square.iter().enumerate() {
+                proven!(self: _mm512_storeu_ps(to.add(r * stride), row));
+            }
+        }
+        #[inline(always)]
+        unsafe fn transpose_bf16(self, rows: *const *const u16, to: *mut f32, stride: usize) {
+            // Pairs of elements are turned as 32 bits and widened afterwards.
+            let mut square = [proven!(self: _mm512_setzero_ps()); 16];
+            for (c, row) in square.iter_mut().enumerate() {
+                *row = proven!(self: _mm512_loadu_ps((*rows.add(c)).cast()));
+            }
+            self.turn(&mut square);
+            for (r, &row) in square.iter().enumerate() {
+                let pairs = proven!(self: _mm512_castps_si512(row));
+                let even = proven!(self: _mm512_slli_epi32::<16>(pairs));
+                let odd = proven!(self: _mm512_and_si512(pairs, _mm512_set1_epi32(!0xffff)));
+                let to = to.wrapping_add(2 * r * stride);
+                proven!(self: _mm512_storeu_ps(to, _mm512_castsi512_ps(even)));
+                proven!(self: _mm512_storeu_ps(to.add(stride), _mm512_castsi512_ps(odd)));
+            }
         }
     }
 }
