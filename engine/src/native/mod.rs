@@ -38,7 +38,6 @@ pub(crate) use rank::Command;
 use rank::{GenerateTask, PrefillTask, Rank};
 pub(crate) use shared::{HeldBlocks, Live, RankShared};
 
-pub(crate) use self::forward::Forward;
 use self::forward::executor;
 use crate::{
     disagg::{Handoff, PrefillRun, validate_target},
