@@ -97,15 +97,16 @@ impl EventLog {
         subscriber: SubscriberId,
         waker: &Waker,
     ) -> Take {
+        // Cloned before and dropped after the lock is held: wakers run code that is not ours.
+        let waker = waker.clone();
         let mut state = self.state.lock();
         let take = self.take(&state, seen);
-        if matches!(take, Take::Nothing) {
-            let mut wakers = state.wakers.iter_mut();
-            match wakers.find(|(id, _)| *id == subscriber) {
-                Some((_, known)) => known.clone_from(waker),
-                None => state.wakers.push((subscriber, waker.clone())),
-            }
-        }
+        let replaced = match take {
+            Take::Nothing => state.set_waker(subscriber, Some(waker)),
+            Take::Events(_) | Take::TooFarBehind | Take::Closed => None,
+        };
+        drop(state);
+        drop(replaced);
         take
     }
 
@@ -121,8 +122,8 @@ impl EventLog {
     }
 
     pub(crate) fn forget_waker(&self, subscriber: SubscriberId) {
-        let mut state = self.state.lock();
-        state.wakers.retain(|(id, _)| *id != subscriber);
+        let forgotten = self.state.lock().set_waker(subscriber, None);
+        drop(forgotten);
     }
 
     fn take(&self, state: &State, seen: Option<u64>) -> Take {
@@ -150,6 +151,16 @@ impl EventLog {
                 false
             }
         }
+    }
+}
+
+impl State {
+    /// Replaces the waker of a subscriber; returns the one it had.
+    fn set_waker(&mut self, subscriber: SubscriberId, waker: Option<Waker>) -> Option<Waker> {
+        let place = self.wakers.iter().position(|(id, _)| *id == subscriber);
+        let had = place.map(|place| self.wakers.swap_remove(place).1);
+        self.wakers.extend(waker.map(|waker| (subscriber, waker)));
+        had
     }
 }
 
