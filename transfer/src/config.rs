@@ -44,7 +44,7 @@ pub struct AgentConfig {
     /// Folder for the Unix socket of the shm lane. Default `/tmp`. The socket is readable by this
     /// user only and goes away with the agent.
     pub socket_dir: PathBuf,
-    /// A peer that has been silent this long is lost. Heartbeats go out four times per interval.
+    /// A peer that has been silent this long is lost. Heartbeats go out eight times per interval.
     /// Default 2 s.
     pub peer_loss_timeout: Duration,
     /// Bound on each handshake and on each question to a peer while preparing. Default 2 s.

@@ -11,6 +11,7 @@ mod plan;
 mod stats;
 mod sync;
 mod window;
+mod wire;
 
 pub use agent::{Agent, LaneInfo, Peer};
 pub use config::{AgentConfig, ArenaConfig, FaultConfig, HugePages, Lane, RemoteAccess};
@@ -21,9 +22,9 @@ pub use error::{
 pub use memory::{HostMemory, HugePageUse, RegionId, RegionKind, Registration};
 pub use op::{
     CancelOutcome, Descriptor, LocalBlocks, Notification, Notifications, Op, Plan, PostOptions,
-    Prepared, RecvError, RemoteBlocks, RemoteDescriptor, Transfer, TransferStatus,
+    Prepared, Recv, RecvError, RemoteBlocks, RemoteDescriptor, Transfer, TransferStatus,
 };
 pub use peer::{Metadata, RegionInfo};
 pub use plan::{BlockLayout, LayoutError};
 pub use stats::AgentStats;
-pub use window::{Window, WindowAccess, WindowBusy, WindowId, WindowScope};
+pub use window::{Closed, Window, WindowAccess, WindowBusy, WindowId, WindowScope};

@@ -17,6 +17,7 @@ use crate::op::{Notification, NotificationQueue};
 use crate::peer::{Addresses, Metadata, RegionInfo};
 use crate::stats::{AgentStats, Counters};
 use crate::window::{OpenWindow, Scope, Window, WindowAccess, WindowId, WindowScope};
+use crate::wire::{Incoming, Listeners, Reactors};
 
 pub(crate) struct Core {
     pub(crate) name: Arc<str>,
@@ -35,6 +36,9 @@ pub(crate) struct Core {
     ids: AtomicU64,
     stopped: AtomicBool,
     addresses: Addresses,
+    pub(crate) reactors: Arc<Reactors>,
+    /// Connections that peers made to this agent, by nonce.
+    incoming: Mutex<HashMap<u64, Weak<Incoming>>>,
 }
 
 impl fmt::Debug for Core {
@@ -61,11 +65,21 @@ impl Core {
             what: what.to_owned(),
             source,
         };
+        let epoch = random_u64().map_err(|e| io("get random bytes", e))?;
+        let listeners = Listeners::bind(&config, epoch)?;
         let timers = Timers::start(&config.name).map_err(|e| io("start the timer thread", e))?;
-        let copies = CopyPool::start(&config).map_err(|e| io("start a copy thread", e))?;
+        let copies = CopyPool::start(&config)
+            .inspect_err(|_| timers.stop())
+            .map_err(|e| io("start a copy thread", e))?;
+        let reactors = Reactors::start(config.io_threads)
+            .inspect_err(|_| {
+                timers.stop();
+                copies.stop();
+            })
+            .map_err(|e| io("start an i/o thread", e))?;
         let core = Arc::new(Self {
             name: config.name.as_str().into(),
-            epoch: random_u64().map_err(|e| io("get random bytes", e))?,
+            epoch,
             counters: Counters::default(),
             timers,
             copies,
@@ -76,9 +90,12 @@ impl Core {
             in_process: Mutex::default(),
             ids: AtomicU64::new(1),
             stopped: AtomicBool::new(false),
-            addresses: Addresses::default(),
+            addresses: listeners.addresses.clone(),
+            reactors: reactors.clone(),
+            incoming: Mutex::default(),
             config,
         });
+        listeners.serve(&core, &reactors);
         IN_PROCESS.lock().insert(core.epoch, Arc::downgrade(&core));
         tracing::debug!(agent = %core.name, epoch = core.epoch, "agent started");
         Ok(core)
@@ -97,9 +114,15 @@ impl Core {
             session.lose(LossCause::Closed);
         }
         self.notifications.stop();
+        self.reactors.stop();
         self.copies.stop();
         self.timers.stop();
         tracing::debug!(agent = %self.name, epoch = self.epoch, "agent stopped");
+    }
+
+    /// The running kernel, as metadata names it.
+    pub(crate) const fn host(&self) -> [u8; 16] {
+        self.addresses.host
     }
 
     pub(crate) fn is_stopped(&self) -> bool {
@@ -117,8 +140,32 @@ impl Core {
         }
     }
 
+    /// Takes a connection that a peer made into the books; false when there are too many.
+    pub(crate) fn add_incoming(&self, incoming: &Arc<Incoming>) -> bool {
+        let mut all = self.incoming.lock();
+        if all.len() >= self.config.peers_max {
+            return false;
+        }
+        all.insert(incoming.nonce(), Arc::downgrade(incoming));
+        true
+    }
+
+    pub(crate) fn incoming(&self, nonce: u64) -> Option<Arc<Incoming>> {
+        self.incoming.lock().get(&nonce).and_then(Weak::upgrade)
+    }
+
+    pub(crate) fn forget_incoming(&self, nonce: u64) {
+        self.incoming.lock().remove(&nonce);
+    }
+
     pub(crate) fn next_operation(&self) -> u64 {
         self.ids.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// A name for a region or window: a part of the epoch and a counter, so that names of other
+    /// agents and of other lives are not mistaken for ours.
+    fn next_name(&self) -> u64 {
+        (self.epoch << 44) | (self.next_operation() & ((1 << 44) - 1))
     }
 
     pub(super) fn allocate(
@@ -126,7 +173,7 @@ impl Core {
         config: &ArenaConfig,
     ) -> Result<Registration, RegisterError> {
         self.check_regions()?;
-        self.add_region(Region::arena(RegionId(self.next_operation()), config)?)
+        self.add_region(Region::arena(RegionId(self.next_name()), config)?)
     }
 
     pub(super) fn register(
@@ -135,11 +182,7 @@ impl Core {
         access: RemoteAccess,
     ) -> Result<Registration, RegisterError> {
         self.check_regions()?;
-        self.add_region(Region::host(
-            RegionId(self.next_operation()),
-            memory,
-            access,
-        )?)
+        self.add_region(Region::host(RegionId(self.next_name()), memory, access)?)
     }
 
     fn check_regions(&self) -> Result<(), RegisterError> {
@@ -206,7 +249,7 @@ impl Core {
             return Err(WindowError::AccessDenied { region });
         }
         let scope = Scope::new(scope, registration.len() as u64)?;
-        let id = WindowId(self.next_operation());
+        let id = WindowId(self.next_name());
         let open = Arc::new(OpenWindow::new(
             id,
             registration.region().clone(),
@@ -361,10 +404,20 @@ impl Core {
 impl RegionOwner for Core {
     fn release(&self, region: &Region) {
         self.regions.write().remove(&region.id);
+        let incoming: Vec<_> = self
+            .incoming
+            .lock()
+            .values()
+            .filter_map(Weak::upgrade)
+            .collect();
+        for incoming in incoming {
+            incoming.region_gone(region.id);
+        }
     }
 }
 
-fn random_u64() -> std::io::Result<u64> {
+/// A number that nobody else has.
+pub(crate) fn random_u64() -> std::io::Result<u64> {
     let mut bytes = [0; 8];
     rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
     Ok(u64::from_le_bytes(bytes))

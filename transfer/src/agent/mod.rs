@@ -25,7 +25,7 @@ use crate::stats::AgentStats;
 use crate::window::{Window, WindowAccess, WindowScope};
 
 pub(crate) use copy::CopyPool;
-pub(crate) use core::{Core, find_in_process};
+pub(crate) use core::{Core, find_in_process, random_u64};
 pub(crate) use remote::{MappedMemory, RemoteMemory, RemoteRegion};
 pub(crate) use session::{LaneChoice, Session, next_session_key};
 pub(crate) use timers::{TimerKey, Timers};
@@ -89,6 +89,10 @@ impl Agent {
     ///
     /// # Errors
     /// The kernel refuses the memory, or a limit is reached.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "a configuration is written in the call"
+    )]
     pub fn allocate(&self, config: ArenaConfig) -> Result<Registration, RegisterError> {
         self.core().allocate(&config)
     }
@@ -131,10 +135,6 @@ impl Agent {
     ///
     /// # Errors
     /// Says which side and what does not fit.
-    #[expect(
-        clippy::needless_pass_by_value,
-        reason = "block sets are handed over, not kept"
-    )]
     pub fn prepare(
         &self,
         op: Op,

@@ -191,7 +191,7 @@ impl Session {
         }
         drop(order);
         for (transfer, answer) in answered {
-            transfer.notified(answer);
+            transfer.notified(&answer);
         }
     }
 
@@ -276,10 +276,10 @@ impl Session {
     }
 
     /// The peer closes a window, or never had it: its transfers are called off, and the owner is
-    /// told when none of them moves any more.
-    pub(crate) fn revoke(&self, window: WindowId) {
+    /// told when none of them moves any more. False when this side does not know the window.
+    pub(crate) fn revoke(&self, window: WindowId) -> bool {
         let Some(grant) = self.grants.lock().remove(&window) else {
-            return;
+            return false;
         };
         grant.revoke();
         let using: Vec<_> = self
@@ -297,5 +297,6 @@ impl Session {
         for transfer in using {
             transfer.stop(TransferError::WindowClosed { window });
         }
+        true
     }
 }

@@ -82,7 +82,7 @@ impl Backend for Loopback {
         let told = open.clone();
         let grant = session.install_grant(id, spec, Box::new(move || told.acknowledge(key)));
         let holder: Weak<dyn Holder> = Arc::<Session>::downgrade(session);
-        if !open.add_holder(key, holder) {
+        if !open.add_holder(key, holder, true) {
             session.revoke(id);
             return Err(Refusal::Unknown);
         }

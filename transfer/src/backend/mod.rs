@@ -2,10 +2,12 @@
 
 mod faulty;
 mod loopback;
+mod shm;
+mod tcp;
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::agent::{Core, RemoteRegion, Session};
 use crate::config::Lane;
@@ -14,6 +16,7 @@ use crate::memory::RegionId;
 use crate::op::TransferState;
 use crate::peer::Metadata;
 use crate::window::{Grant, WindowId};
+use crate::wire::{HandshakeFailure, Hello, HelloRole};
 
 /// One connection to a peer, as the session sees it.
 ///
@@ -74,6 +77,43 @@ pub(crate) enum LaneFailure {
     Unusable(String),
 }
 
+impl LaneFailure {
+    fn unusable(what: impl fmt::Display) -> Self {
+        Self::Unusable(what.to_string())
+    }
+}
+
+impl From<HandshakeFailure> for LaneFailure {
+    fn from(failure: HandshakeFailure) -> Self {
+        match failure {
+            HandshakeFailure::Stale => Self::Stale,
+            other => Self::unusable(other),
+        }
+    }
+}
+
+/// Says hello on a first connection and on the data connections that follow it.
+fn greeting(core: &Core, metadata: &Metadata, role: HelloRole) -> Hello {
+    Hello {
+        role,
+        loss_timeout: core.config.peer_loss_timeout,
+        from: core.name.as_ref().to_owned(),
+        from_epoch: core.epoch,
+        to: metadata.name().to_owned(),
+        to_epoch: metadata.epoch(),
+    }
+}
+
+/// Time left for a lane, or its failure.
+fn time_left(until: Instant) -> Result<Duration, LaneFailure> {
+    let left = until.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        Err(LaneFailure::unusable("no time left"))
+    } else {
+        Ok(left)
+    }
+}
+
 /// A backend, why its lane was taken, and its number of streams.
 pub(crate) type Opened = (Arc<dyn Backend>, String, usize);
 
@@ -86,7 +126,8 @@ pub(crate) fn open(
 ) -> Result<Opened, LaneFailure> {
     match lane {
         Lane::Loopback => loopback::open(core, metadata),
-        Lane::Shm | Lane::Tcp => Err(LaneFailure::Unusable(format!("not reachable {until:?}"))),
+        Lane::Shm => shm::open(core, metadata, until),
+        Lane::Tcp => tcp::open(core, metadata, until),
     }
 }
 

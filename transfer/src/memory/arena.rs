@@ -44,8 +44,30 @@ pub(super) fn create(
     Ok((fd, mapping, used))
 }
 
+/// Maps a peer's arena. The file comes from another process: it must be long enough and sealed
+/// against shrinking, or touching it could kill this process.
+pub(crate) fn map_arena(file: &OwnedFd, bytes: u64) -> io::Result<Mapping> {
+    let seals = rustix::fs::fcntl_get_seals(file)?;
+    if !seals.contains(SealFlags::SHRINK) {
+        return Err(io::Error::other(
+            "the memory file is not sealed against shrinking",
+        ));
+    }
+    let size = u64::try_from(rustix::fs::fstat(file)?.st_size).unwrap_or(0);
+    if bytes == 0 || size < bytes {
+        return Err(io::Error::other(format!(
+            "a memory file of {size} bytes for {bytes}"
+        )));
+    }
+    // The whole file: huge pages are mapped as a whole.
+    let bytes = usize::try_from(size).map_err(io::Error::other)?;
+    let mapping = Mapping::shared(file.as_fd(), bytes)?;
+    let _ = advise(&mapping);
+    Ok(mapping)
+}
+
 /// Asks for transparent huge pages on a mapping of a memory file and says what comes of it.
-pub(crate) fn advise(mapping: &Mapping) -> HugePageUse {
+fn advise(mapping: &Mapping) -> HugePageUse {
     let policy = std::fs::read_to_string(SHMEM_POLICY).unwrap_or_default();
     let selected = policy
         .split_once('[')

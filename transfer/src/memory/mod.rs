@@ -14,6 +14,7 @@ mod region;
 
 pub use region::{HostMemory, HugePageUse, RegionId, RegionKind, Registration};
 
+pub(crate) use arena::map_arena;
 pub(crate) use mapping::Mapping;
 pub(crate) use region::{Region, RegionOwner};
 

@@ -317,7 +317,7 @@ impl Registration {
 
     fn pointer(&self, offset: u64, bytes: usize) -> Result<*mut u8, LayoutError> {
         let region_bytes = self.len() as u64;
-        let end = offset.checked_add(bytes as u64).unwrap_or(u64::MAX);
+        let end = offset.saturating_add(bytes as u64);
         if end > region_bytes {
             return Err(LayoutError::OutOfRegion { end, region_bytes });
         }

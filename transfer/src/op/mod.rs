@@ -6,12 +6,12 @@ mod prepare;
 mod state;
 mod transfer;
 
-pub use notify::{Notification, Notifications, RecvError};
+pub use notify::{Notification, Notifications, Recv, RecvError};
 pub use prepare::{
     Descriptor, LocalBlocks, Op, Plan, PostOptions, Prepared, RemoteBlocks, RemoteDescriptor,
 };
 pub use transfer::{CancelOutcome, Transfer, TransferStatus};
 
 pub(crate) use notify::NotificationQueue;
-pub(crate) use prepare::{Path, SetPair, Stripe, Work, post, prepare_blocks, prepare_descriptors};
+pub(crate) use prepare::{Path, post, prepare_blocks, prepare_descriptors};
 pub(crate) use state::{TransferState, Turn};

@@ -315,7 +315,7 @@ pub(crate) fn prepare_blocks(
         .ok_or_else(|| PrepareError::ForeignPeer {
             peer: remote.peer.name().to_owned(),
         })?;
-    let questions = Questions::new(core, &session);
+    let questions = Questions::new(core, session);
     let local_region = own(core, local.registration)?;
     let layout = |side, source| PrepareError::Layout { side, source };
     local
@@ -373,7 +373,7 @@ pub(crate) fn prepare_descriptors(
             remote: remote.len() as u64,
         });
     }
-    let questions = Questions::new(core, &session);
+    let questions = Questions::new(core, session);
     let mut local_regions: Vec<Arc<Region>> = Vec::new();
     let mut remote_regions: Vec<Arc<RemoteRegion>> = Vec::new();
     let mut pairs = Vec::with_capacity(local.len());
@@ -441,7 +441,7 @@ pub(crate) fn prepare_descriptors(
 
 fn check_range(side: Side, offset: u64, bytes: u64, region_bytes: u64) -> Result<(), PrepareError> {
     use crate::plan::LayoutError;
-    let end = offset.checked_add(bytes).unwrap_or(u64::MAX);
+    let end = offset.saturating_add(bytes);
     let source = if bytes == 0 {
         LayoutError::EmptyRange { start: offset, end }
     } else if end > region_bytes {

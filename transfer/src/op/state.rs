@@ -174,7 +174,7 @@ impl TransferState {
         if let Some(error) = cell.verdict.take() {
             drop(cell);
             self.turn.store(Turn::Dropped as u8, Ordering::Release);
-            self.finish(Err(error));
+            self.finish(&Err(error));
         } else if self.notification.is_some() {
             cell.phase = Phase::Notifying;
             drop(cell);
@@ -187,7 +187,7 @@ impl TransferState {
             );
         } else {
             drop(cell);
-            self.finish(Ok(()));
+            self.finish(&Ok(()));
             return;
         }
         if self.notification.is_some() {
@@ -214,7 +214,7 @@ impl TransferState {
             Phase::Notifying => {
                 drop(cell);
                 self.turn.store(Turn::Dropped as u8, Ordering::Release);
-                self.finish(Err(error));
+                self.finish(&Err(error));
                 self.session.send_due_notifications();
             }
             Phase::Finished(_) => {}
@@ -222,7 +222,7 @@ impl TransferState {
     }
 
     /// The peer's answer to the notification.
-    pub(crate) fn notified(self: &Arc<Self>, outcome: Result<(), TransferError>) {
+    pub(crate) fn notified(&self, outcome: &Result<(), TransferError>) {
         if self.cell.lock().phase == Phase::Notifying {
             self.finish(outcome);
         }
@@ -249,7 +249,7 @@ impl TransferState {
             .is_ok()
     }
 
-    fn finish(&self, outcome: Result<(), TransferError>) {
+    fn finish(&self, outcome: &Result<(), TransferError>) {
         let mut cell = self.cell.lock();
         if matches!(cell.phase, Phase::Finished(_)) {
             return;
@@ -268,7 +268,7 @@ impl TransferState {
             }
             work.plan.bytes
         });
-        self.core.counters.finished(&outcome, bytes);
+        self.core.counters.finished(outcome, bytes);
         self.done.notify_all();
         wakers.into_iter().for_each(Waker::wake);
     }

@@ -269,7 +269,7 @@ mod tests {
         for len in 0..bytes.len() {
             assert!(Metadata::from_bytes(&bytes[..len]).is_err(), "{len} bytes");
         }
-        let mut longer = bytes.clone();
+        let mut longer = bytes;
         longer.push(0);
         assert!(Metadata::from_bytes(&longer).is_err());
     }

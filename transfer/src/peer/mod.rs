@@ -5,5 +5,5 @@ mod metadata;
 
 pub use metadata::{Metadata, RegionInfo};
 
-pub(crate) use codec::{Reader, Writer};
-pub(crate) use metadata::Addresses;
+pub(crate) use codec::{Reader, Short, Writer};
+pub(crate) use metadata::{Addresses, access_code, access_from};

@@ -79,10 +79,6 @@ impl Grant {
         }
     }
 
-    pub(crate) fn revoked(&self) -> bool {
-        self.state.lock().revoked
-    }
-
     /// No transfer may start any more; the owner is told when none is left, perhaps now.
     pub(crate) fn revoke(&self) {
         let mut state = self.state.lock();

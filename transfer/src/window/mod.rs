@@ -136,14 +136,18 @@ impl OpenWindow {
         (!*guard).then_some(guard)
     }
 
-    /// Adds somebody who can copy on its own; false when the window is closing.
-    pub(crate) fn add_holder(&self, key: u64, holder: Weak<dyn Holder>) -> bool {
+    /// Adds somebody who wants to know when the window closes; false when it is closing. Closing
+    /// waits for those who can copy on their own.
+    pub(crate) fn add_holder(&self, key: u64, holder: Weak<dyn Holder>, copies: bool) -> bool {
         let mut holders = self.holders.lock();
         if holders.closing {
             return false;
         }
-        if holders.keys.insert(key) {
+        if !holders.known.iter().any(|(known, _)| *known == key) {
             holders.known.push((key, holder));
+        }
+        if copies {
+            holders.keys.insert(key);
         }
         true
     }

@@ -173,7 +173,7 @@ mod tests {
             )
             .is_err()
         );
-        assert!(Scope::new(WindowScope::Ranges(vec![70..81]), 80).is_err());
-        assert!(Scope::new(WindowScope::Ranges(vec![8..8]), 80).is_err());
+        assert!(Scope::new(WindowScope::Ranges(vec![1..2, 70..81]), 80).is_err());
+        assert!(Scope::new(WindowScope::Ranges(vec![1..2, 8..8]), 80).is_err());
     }
 }

@@ -1,0 +1,71 @@
+//! The tcp lane: payload from and into registered memory over several connections.
+
+use std::net::{TcpStream, ToSocketAddrs};
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{LaneFailure, Opened, greeting, time_left};
+use crate::agent::Core;
+use crate::peer::Metadata;
+use crate::wire::{ConnectedWire, HandshakeFailure, HelloRole, Socket, WireClient, greet};
+
+pub(super) fn open(
+    core: &Arc<Core>,
+    metadata: &Metadata,
+    until: Instant,
+) -> Result<Opened, LaneFailure> {
+    let address = metadata
+        .addresses()
+        .tcp
+        .as_deref()
+        .ok_or_else(|| LaneFailure::unusable("the peer does not listen on TCP"))?;
+    let mut control = connect(address, until)?;
+    let hello = greeting(core, metadata, HelloRole::Control);
+    let welcome = greet(&mut control, &hello)?;
+    let mut data = Vec::with_capacity(core.config.tcp_streams);
+    for _ in 0..core.config.tcp_streams {
+        let mut stream = connect(address, until)?;
+        let role = HelloRole::Data {
+            nonce: welcome.nonce,
+        };
+        greet(&mut stream, &greeting(core, metadata, role))?;
+        data.push(Socket::new(stream.into()).map_err(HandshakeFailure::Io)?);
+    }
+    let streams = data.len();
+    let wire = ConnectedWire {
+        control: Socket::new(control.into()).map_err(HandshakeFailure::Io)?,
+        data,
+        peer_loss_timeout: welcome.loss_timeout,
+        process: None,
+        unmapped: "the connection is TCP",
+    };
+    let client = WireClient::new(core, &core.reactors, wire);
+    Ok((client, format!("TCP to {address}"), streams))
+}
+
+fn connect(address: &str, until: Instant) -> Result<TcpStream, LaneFailure> {
+    let resolved = address
+        .to_socket_addrs()
+        .map_err(|e| LaneFailure::unusable(format_args!("cannot resolve {address}: {e}")))?;
+    let mut failure = LaneFailure::unusable(format_args!("{address} has no address"));
+    for address in resolved {
+        match TcpStream::connect_timeout(&address, time_left(until)?) {
+            Ok(stream) => {
+                stream.set_nodelay(true).map_err(HandshakeFailure::Io)?;
+                let left = Some(time_left(until)?);
+                stream
+                    .set_read_timeout(left)
+                    .map_err(HandshakeFailure::Io)?;
+                stream
+                    .set_write_timeout(left)
+                    .map_err(HandshakeFailure::Io)?;
+                return Ok(stream);
+            }
+            Err(error) => {
+                failure =
+                    LaneFailure::unusable(format_args!("cannot connect to {address}: {error}"));
+            }
+        }
+    }
+    Err(failure)
+}

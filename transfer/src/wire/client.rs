@@ -1,0 +1,533 @@
+//! The initiator's end of a connection.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::control::{ControlRx, ControlTx, Frame, Violation};
+use super::data::{DataCommand, DataStream, Key, Role};
+use super::frame::{Code, Header, Kind, RegionAnswer, decode_grant};
+use super::reactor::{Flow, Placement, Reactors, Source};
+use super::socket::Socket;
+use super::watch::{ProcessWatch, Pulse};
+use crate::agent::{CopyPool, Core, MappedMemory, RemoteMemory, RemoteRegion, Session, Timers};
+use crate::backend::{Backend, Refusal};
+use crate::config::RemoteAccess;
+use crate::error::{LossCause, TransferError};
+use crate::memory::{RegionId, map_arena};
+use crate::op::{Path, TransferState};
+use crate::window::{Grant, WindowId};
+
+/// Connected sockets, ready to be served.
+#[derive(Debug)]
+pub(crate) struct ConnectedWire {
+    pub(crate) control: Socket,
+    pub(crate) data: Vec<Socket>,
+    /// After which silence the peer gives us up.
+    pub(crate) peer_loss_timeout: Duration,
+    /// Becomes readable when the peer's process ends, where that can be watched.
+    pub(crate) process: Option<OwnedFd>,
+    /// Why regions are not mapped, when they are not.
+    pub(crate) unmapped: &'static str,
+}
+
+pub(crate) struct WireClient {
+    me: Weak<Self>,
+    control: ControlTx,
+    reactors: Arc<Reactors>,
+    timers: Arc<Timers>,
+    copies: Arc<CopyPool>,
+    session: OnceLock<Weak<Session>>,
+    control_at: Placement,
+    process_at: Placement,
+    data_at: Vec<Placement>,
+    /// Sockets that wait to be served; taken by `attach`.
+    waiting: Mutex<Option<Waiting>>,
+    questions: Mutex<Questions>,
+    answered: Condvar,
+    parts: Mutex<Parts>,
+    pulse: Pulse,
+    unmapped: &'static str,
+}
+
+struct Waiting {
+    control: Arc<Socket>,
+    data: Vec<Socket>,
+    process: Option<OwnedFd>,
+    chunk_bytes: u32,
+}
+
+#[derive(Default)]
+struct Questions {
+    next: u32,
+    /// Asked and not taken back: the answer, once it is there.
+    open: HashMap<u32, Option<Answer>>,
+    lost: bool,
+}
+
+enum Answer {
+    Region(RegionAnswer, Option<OwnedFd>),
+    Granted(Arc<Grant>),
+    Refused(Code),
+}
+
+/// Parts that streams work on.
+#[derive(Default)]
+struct Parts {
+    open: HashMap<Key, OpenPart>,
+    streams: usize,
+}
+
+struct OpenPart {
+    transfer: Arc<TransferState>,
+    /// A WRITE is over when this side does not read its bytes any more and the target has
+    /// answered.
+    sent: bool,
+    answered: bool,
+}
+
+impl fmt::Debug for WireClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WireClient").finish_non_exhaustive()
+    }
+}
+
+impl WireClient {
+    pub(crate) fn new(core: &Core, reactors: &Arc<Reactors>, wire: ConnectedWire) -> Arc<Self> {
+        let control = Arc::new(wire.control);
+        Arc::new_cyclic(|me: &Weak<Self>| Self {
+            me: me.clone(),
+            control: ControlTx::new(control.clone()),
+            reactors: reactors.clone(),
+            timers: core.timers.clone(),
+            copies: core.copies.clone(),
+            session: OnceLock::new(),
+            control_at: reactors.place_control(),
+            process_at: reactors.place_control(),
+            data_at: wire.data.iter().map(|_| reactors.place_data()).collect(),
+            parts: Mutex::new(Parts {
+                streams: wire.data.len(),
+                ..Parts::default()
+            }),
+            waiting: Mutex::new(Some(Waiting {
+                control,
+                data: wire.data,
+                process: wire.process,
+                chunk_bytes: core.config.stream_chunk_bytes,
+            })),
+            questions: Mutex::default(),
+            answered: Condvar::new(),
+            pulse: Pulse::new(core.config.peer_loss_timeout, wire.peer_loss_timeout),
+            unmapped: wire.unmapped,
+        })
+    }
+
+    fn session(&self) -> Option<Arc<Session>> {
+        self.session.get().and_then(Weak::upgrade)
+    }
+
+    pub(super) fn heard(&self) {
+        self.pulse.heard();
+    }
+
+    /// The connection is gone.
+    pub(super) fn lost(&self, cause: LossCause) {
+        let mut questions = self.questions.lock();
+        questions.lost = true;
+        drop(questions);
+        self.answered.notify_all();
+        if let Some(session) = self.session() {
+            session.lose(cause);
+        }
+    }
+
+    /// Sends heartbeats and notices silence.
+    fn tick(&self) {
+        let me = self.me.clone();
+        self.timers.call(self.pulse.next_tick(), move || {
+            let Some(client) = me.upgrade() else { return };
+            if client
+                .session()
+                .is_none_or(|session| session.lost().is_some())
+            {
+                return;
+            }
+            if let Some(silent) = client.pulse.tick() {
+                client.lost(LossCause::Silent(silent));
+            } else {
+                client.control.beat();
+                client.tick();
+            }
+        });
+    }
+
+    // ---- parts ----
+
+    fn open_part(&self, key: Key, transfer: &Arc<TransferState>) -> bool {
+        let mut parts = self.parts.lock();
+        if parts.streams == 0 {
+            return false;
+        }
+        let part = OpenPart {
+            transfer: transfer.clone(),
+            sent: false,
+            answered: false,
+        };
+        parts.open.insert(key, part);
+        true
+    }
+
+    /// Nothing of this part moves any more, whatever was said about it.
+    pub(super) fn give_back(&self, key: Key) {
+        let part = self.parts.lock().open.remove(&key);
+        if let Some(part) = part {
+            part.transfer.part_done();
+        }
+    }
+
+    /// The stream does not read bytes of this part any more.
+    pub(super) fn sent(&self, key: Key) {
+        self.settle(key, |part| part.sent = true);
+    }
+
+    /// The target has answered for this part.
+    fn stripe_answered(&self, key: Key, code: Code) {
+        let transfer = self
+            .parts
+            .lock()
+            .open
+            .get(&key)
+            .map(|part| part.transfer.clone());
+        let Some(transfer) = transfer else { return };
+        if code != Code::Ok {
+            fail(&transfer, code);
+        }
+        self.settle(key, |part| part.answered = true);
+    }
+
+    fn settle(&self, key: Key, book: impl FnOnce(&mut OpenPart)) {
+        let mut parts = self.parts.lock();
+        let Some(part) = parts.open.get_mut(&key) else {
+            return;
+        };
+        book(part);
+        if part.sent && part.answered {
+            let part = parts.open.remove(&key);
+            drop(parts);
+            if let Some(part) = part {
+                part.transfer.part_done();
+            }
+        }
+    }
+
+    /// The target has sent the last byte of a READ, or says why not.
+    pub(super) fn read_done(&self, transfer: &Arc<TransferState>, key: Key, code: Code) {
+        if code != Code::Ok {
+            fail(transfer, code);
+        }
+        self.give_back(key);
+    }
+
+    /// A data connection is not served any more; after the last one nothing moves.
+    pub(super) fn stream_closed(&self) {
+        let mut parts = self.parts.lock();
+        parts.streams = parts.streams.saturating_sub(1);
+        if parts.streams > 0 {
+            return;
+        }
+        let open = std::mem::take(&mut parts.open);
+        drop(parts);
+        for part in open.into_values() {
+            part.transfer.part_done();
+        }
+    }
+
+    // ---- questions ----
+
+    fn ask(&self, kind: Kind, id: u64, until: Instant) -> Result<Answer, Refusal> {
+        let mut questions = self.questions.lock();
+        if questions.lost {
+            return Err(Refusal::Lost);
+        }
+        questions.next = questions.next.wrapping_add(1);
+        let number = questions.next;
+        questions.open.insert(number, None);
+        drop(questions);
+        self.control.header(Header::new(kind, id, number));
+        let mut questions = self.questions.lock();
+        loop {
+            if questions.open.get(&number).is_some_and(Option::is_some) {
+                return questions
+                    .open
+                    .remove(&number)
+                    .flatten()
+                    .ok_or(Refusal::Lost);
+            }
+            if questions.lost {
+                questions.open.remove(&number);
+                return Err(Refusal::Lost);
+            }
+            if self.answered.wait_until(&mut questions, until).timed_out() {
+                return questions
+                    .open
+                    .remove(&number)
+                    .flatten()
+                    .ok_or(Refusal::TimedOut);
+            }
+        }
+    }
+
+    fn answer(&self, number: u32, answer: Answer) {
+        let mut questions = self.questions.lock();
+        // Nobody waits any more for an answer that comes too late.
+        if let Some(slot) = questions.open.get_mut(&number) {
+            *slot = Some(answer);
+            drop(questions);
+            self.answered.notify_all();
+        }
+    }
+
+    // ---- control frames ----
+
+    fn frame(&self, frame: Frame<'_>) -> Result<(), Violation> {
+        let Frame {
+            header,
+            body,
+            files,
+        } = frame;
+        let Some(session) = self.session() else {
+            return Ok(());
+        };
+        let code = Code::from(header.code).ok_or(Violation("unknown answer"))?;
+        match header.kind {
+            Kind::Ping => {}
+            Kind::Region if code == Code::Ok => {
+                let answer = RegionAnswer::decode(body).ok_or(Violation("malformed REGION"))?;
+                let file = if answer.file {
+                    Some(
+                        files
+                            .pop_front()
+                            .ok_or(Violation("REGION without its file"))?,
+                    )
+                } else {
+                    None
+                };
+                self.answer(header.part, Answer::Region(answer, file));
+            }
+            Kind::Window if code == Code::Ok => {
+                let spec = decode_grant(body).ok_or(Violation("malformed WINDOW"))?;
+                let id = WindowId(header.id);
+                let client = self.me.clone();
+                // Installed here, before a WINDOW_CLOSE behind it can be read.
+                let grant = session.install_grant(
+                    id,
+                    spec,
+                    Box::new(move || {
+                        if let Some(client) = client.upgrade() {
+                            client.window_quiet(id);
+                        }
+                    }),
+                );
+                self.answer(header.part, Answer::Granted(grant));
+            }
+            Kind::Region | Kind::Window => self.answer(header.part, Answer::Refused(code)),
+            Kind::WindowClose => {
+                if !session.revoke(WindowId(header.id)) {
+                    self.window_quiet(WindowId(header.id));
+                }
+            }
+            Kind::RegionGone => session.forget_region(RegionId(header.id)),
+            Kind::Notified => {
+                if let Some(transfer) = session.operation(header.id) {
+                    transfer.notified(&code.outcome(None));
+                }
+            }
+            Kind::StripeDone => self.stripe_answered((header.id, header.part), code),
+            Kind::Hello
+            | Kind::Welcome
+            | Kind::Refuse
+            | Kind::AskRegion
+            | Kind::AskWindow
+            | Kind::WindowQuiet
+            | Kind::Notify
+            | Kind::Write
+            | Kind::WriteAbort
+            | Kind::Read
+            | Kind::ReadCancel
+            | Kind::Data
+            | Kind::ReadDone => return Err(Violation("a frame that targets do not send")),
+        }
+        Ok(())
+    }
+
+    fn window_quiet(&self, window: WindowId) {
+        self.control
+            .header(Header::new(Kind::WindowQuiet, window.0, 0));
+    }
+}
+
+/// Stops a transfer that the target has answered with an error.
+fn fail(transfer: &Arc<TransferState>, code: Code) {
+    let window = transfer
+        .work
+        .as_ref()
+        .and_then(|work| work.grant.as_ref())
+        .map(|g| g.id);
+    if let Err(error) = code.outcome(window) {
+        transfer.stop(error);
+    }
+}
+
+impl Backend for WireClient {
+    fn attach(&self, session: &Arc<Session>) {
+        let (Some(me), Some(waiting)) = (self.me.upgrade(), self.waiting.lock().take()) else {
+            return;
+        };
+        // Set once: the sockets are taken once.
+        let _ = self.session.set(Arc::downgrade(session));
+        let Waiting {
+            control,
+            data,
+            process,
+            chunk_bytes,
+        } = waiting;
+        for (socket, &at) in data.into_iter().zip(&self.data_at) {
+            let stream =
+                DataStream::new(Arc::new(socket), Role::Initiator(me.clone()), chunk_bytes);
+            self.reactors.add(at, Box::new(stream));
+        }
+        if let Some(process) = process {
+            let client = self.me.clone();
+            let watch = ProcessWatch::new(process, move || {
+                if let Some(client) = client.upgrade() {
+                    client.lost(LossCause::ProcessExited);
+                }
+            });
+            self.reactors.add(self.process_at, Box::new(watch));
+        }
+        let rx = ControlRx::new(control);
+        self.reactors
+            .add(self.control_at, Box::new(ClientControl { rx, client: me }));
+        self.tick();
+    }
+
+    fn region(&self, id: RegionId, until: Instant) -> Result<RemoteRegion, Refusal> {
+        let (answer, file) = match self.ask(Kind::AskRegion, id.0, until)? {
+            Answer::Region(answer, file) => (answer, file),
+            Answer::Refused(Code::AccessDenied) => return Err(Refusal::Denied),
+            Answer::Refused(_) | Answer::Granted(_) => return Err(Refusal::Unknown),
+        };
+        if answer.access == RemoteAccess::None {
+            return Err(Refusal::Denied);
+        }
+        let memory = match file {
+            None => RemoteMemory::Streamed(self.unmapped),
+            Some(file) => match map_arena(&file, answer.len) {
+                Ok(mapping) => RemoteMemory::Mapped(MappedMemory::Shared(mapping)),
+                Err(error) => {
+                    tracing::warn!(region = %id, %error, "cannot map the peer's arena");
+                    RemoteMemory::Streamed("its arena cannot be mapped here")
+                }
+            },
+        };
+        Ok(RemoteRegion::new(id, answer.len, answer.access, memory))
+    }
+
+    fn window(
+        &self,
+        _session: &Arc<Session>,
+        id: WindowId,
+        until: Instant,
+    ) -> Result<Arc<Grant>, Refusal> {
+        match self.ask(Kind::AskWindow, id.0, until)? {
+            Answer::Granted(grant) => Ok(grant),
+            Answer::Refused(_) | Answer::Region(..) => Err(Refusal::Unknown),
+        }
+    }
+
+    fn start(&self, transfer: &Arc<TransferState>) {
+        let Some(work) = &transfer.work else { return };
+        let Path::Stream { stripes } = &work.path else {
+            self.copies.submit(transfer);
+            return;
+        };
+        while let Some(part) = transfer.claim_part() {
+            let stream = stripes.get(part as usize).map_or(0, |stripe| stripe.stream);
+            if self.open_part((transfer.id, part), transfer) {
+                let command = DataCommand::Start {
+                    transfer: transfer.clone(),
+                    part,
+                };
+                self.reactors.data(self.data_at[stream], command);
+            } else {
+                transfer.part_done();
+            }
+        }
+    }
+
+    fn stop(&self, transfer: &Arc<TransferState>) {
+        if let Some(work) = &transfer.work
+            && let Path::Stream { .. } = work.path
+        {
+            for &at in &self.data_at {
+                self.reactors
+                    .data(at, DataCommand::Stop { id: transfer.id });
+            }
+        }
+    }
+
+    fn notify(&self, transfer: &Arc<TransferState>) -> Option<Result<(), TransferError>> {
+        if let Some(payload) = &transfer.notification {
+            let frame = Header::new(Kind::Notify, transfer.id, 0).with_body(payload);
+            self.control.send(frame, None);
+        }
+        None
+    }
+
+    fn abandon(&self) {
+        for &at in &self.data_at {
+            self.reactors.remove(at);
+        }
+        self.reactors.remove(self.process_at);
+    }
+
+    fn close(&self) {
+        self.control.close();
+        self.reactors.remove(self.control_at);
+    }
+}
+
+/// Control frames of the target.
+struct ClientControl {
+    rx: ControlRx,
+    client: Arc<WireClient>,
+}
+
+impl Source for ClientControl {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.rx.socket().as_fd()
+    }
+
+    fn ready(&mut self, _readable: bool, writable: bool) -> Flow {
+        if writable {
+            self.client.control.flush();
+        }
+        let client = &self.client;
+        let result = self.rx.read(|frame| {
+            client.heard();
+            client.frame(frame)
+        });
+        match result {
+            Ok(false) => Flow::Keep,
+            Ok(true) => Flow::Again,
+            Err(cause) => {
+                client.lost(cause);
+                Flow::Drop
+            }
+        }
+    }
+}

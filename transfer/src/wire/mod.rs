@@ -1,0 +1,24 @@
+//! The protocol over sockets, shared by the tcp lane and the shm lane: control frames on one
+//! connection, payload on others, all served by a few parked threads.
+//!
+//! A connection has an initiator, which posts operations, and a target, which owns the memory they
+//! name. Two agents that write to each other have two connections.
+
+mod client;
+mod control;
+mod data;
+mod frame;
+mod handshake;
+mod incoming;
+mod listen;
+mod reactor;
+mod socket;
+mod watch;
+
+pub(crate) use client::{ConnectedWire, WireClient};
+pub(crate) use handshake::{HandshakeFailure, Hello, HelloRole, greet};
+pub(crate) use incoming::Incoming;
+pub(crate) use listen::Listeners;
+pub(crate) use reactor::Reactors;
+pub(crate) use socket::Socket;
+pub(crate) use watch::process_of;
