@@ -7,6 +7,7 @@ use blockplane_runtime::discovery::{
     ChangeDetection, Discovery, DiscoveryError, FileDiscovery, FileDiscoveryConfig, Instance,
     InstanceWatch, Instances, Lease, MemoryDiscovery,
 };
+use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 
 use crate::{
     PATIENCE,
@@ -266,6 +267,47 @@ async fn an_unusable_directory_stops_nothing_that_runs() {
     expect_unchanged(&watch, TTL * 2).await;
     late.revoke().await.unwrap();
     lease.revoke().await.unwrap();
+    expect(&mut watch, &[]).await;
+}
+
+/// A directory in which nothing can be created or removed, until this is dropped.
+struct ReadOnly(fs::File);
+
+impl ReadOnly {
+    /// The immutable flag stops root too; not every file system has it.
+    fn new(dir: &Path) -> Result<Self, rustix::io::Errno> {
+        let file = fs::File::open(dir).unwrap();
+        let flags = ioctl_getflags(&file)?;
+        ioctl_setflags(&file, flags | IFlags::IMMUTABLE)?;
+        Ok(Self(file))
+    }
+}
+
+impl Drop for ReadOnly {
+    fn drop(&mut self) {
+        let flags = ioctl_getflags(&self.0).unwrap();
+        ioctl_setflags(&self.0, flags - IFlags::IMMUTABLE).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn nothing_expires_while_the_directory_cannot_be_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = files(dir.path());
+    let mut watch = store.watch("test").await.unwrap();
+    let mut worker = start_worker(dir.path());
+    expect(&mut watch, &[(9, "child:1")]).await;
+    let read_only = match ReadOnly::new(dir.path()) {
+        Ok(read_only) => read_only,
+        Err(error) => {
+            eprintln!("skipped: a directory cannot be made read-only here: {error}");
+            return;
+        }
+    };
+    // Whether it is dead or only cannot renew its lease is not to be known.
+    worker.kill();
+    expect_unchanged(&watch, TTL * 2).await;
+    drop(read_only);
     expect(&mut watch, &[]).await;
 }
 

@@ -351,6 +351,14 @@ async fn a_deadline_ends_the_call_on_both_sides() {
     assert_eq!(GenerateError::from(error).kind, ErrorKind::DeadlineExceeded);
     assert!(responses.next().await.is_none());
     watched.wait_dropped(1).await;
+
+    // The server keeps to it also when the client does not look.
+    let unread = client()
+        .call(&address, "hang", "x".into(), CallOptions::new(limit))
+        .await
+        .unwrap();
+    watched.wait_dropped(2).await;
+    drop(unread);
     let remaining = *seen.borrow_and_update();
     assert!(
         Duration::ZERO < remaining && remaining <= limit,
