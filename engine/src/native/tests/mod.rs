@@ -69,6 +69,9 @@ impl Default for Setup {
 impl Setup {
     /// Starts the engine; its tasks run on the calling test's runtime.
     fn start(self, name: &str) -> Arc<NativeEngine> {
+        // Agents of one name replace each other, and tests run side by side.
+        static AGENTS: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("{name}-{}", AGENTS.fetch_add(1, Ordering::Relaxed));
         let agent = Agent::new(AgentConfig {
             lanes: self.lanes,
             faults: self.faults,
