@@ -19,6 +19,8 @@ pub(super) const WIDTH: usize = 64;
 /// Terms summed in half precision, in each of two sums per output, before these are added up in
 /// single precision.
 const TERMS: usize = 64;
+/// Cache lines of the weights of two inputs.
+const LINES: usize = 4;
 /// Operands of half-precision products are scaled by powers of two to magnitudes below this, so
 /// that no two sums of `TERMS` products can overflow: 2 * 64 * 16 * 16 < 65504.
 const MAGNITUDE: f32 = 16.0;
@@ -87,23 +89,38 @@ pub(super) unsafe fn product_fp16(p: Scaled) {
     let pairs = p.product.inputs.div_ceil(2);
     for first in (0..pairs).step_by(TERMS) {
         let chunk = first..(first + TERMS).min(pairs);
-        let mut row = 0;
-        while row < p.product.rows {
+        let tiles = p.product.rows.div_ceil(6);
+        for (tile, row) in (0..p.product.rows).step_by(6).enumerate() {
             let rows = (p.product.rows - row).min(6);
+            // The next chunk comes into the cache a part per tile.
+            let part = Part {
+                row,
+                pairs: chunk.clone(),
+                ahead: LINES * tile / tiles.min(LINES)..LINES * (tile + 1) / tiles.min(LINES),
+            };
             // SAFETY: the caller's; `rows` rows from `row` on are there, and so are the pairs.
             unsafe {
                 match rows {
-                    1 => tile_fp16::<1>(p, row, chunk.clone()),
-                    2 => tile_fp16::<2>(p, row, chunk.clone()),
-                    3 => tile_fp16::<3>(p, row, chunk.clone()),
-                    4 => tile_fp16::<4>(p, row, chunk.clone()),
-                    5 => tile_fp16::<5>(p, row, chunk.clone()),
-                    _ => tile_fp16::<6>(p, row, chunk.clone()),
+                    1 if tiles == 1 => tile_fp16::<1, false>(p, part),
+                    1 => tile_fp16::<1, true>(p, part),
+                    2 => tile_fp16::<2, true>(p, part),
+                    3 => tile_fp16::<3, true>(p, part),
+                    4 => tile_fp16::<4, true>(p, part),
+                    5 => tile_fp16::<5, true>(p, part),
+                    _ => tile_fp16::<6, true>(p, part),
                 }
             }
-            row += rows;
         }
     }
+}
+
+/// What one tile of a half-precision product does.
+struct Part {
+    row: usize,
+    /// Which pairs of inputs.
+    pairs: Range<usize>,
+    /// Which lines of the pairs `TERMS` later it asks for.
+    ahead: Range<usize>,
 }
 
 /// Even inputs are summed in the low half of every 32 bits, odd ones in the high half, so that one
@@ -113,8 +130,9 @@ pub(super) unsafe fn product_fp16(p: Scaled) {
 /// # Safety
 /// As [`product_fp16`] says, `row + M <= rows`, and the panel has these pairs of inputs.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512fp16,avx2,fma")]
-unsafe fn tile_fp16<const M: usize>(scaled: Scaled, row: usize, pairs: Range<usize>) {
+unsafe fn tile_fp16<const M: usize, const AHEAD: bool>(scaled: Scaled, part: Part) {
     let p = scaled.product;
+    let Part { row, pairs, ahead } = part;
     let is_first = pairs.start == 0;
     let mut sums = [[_mm512_setzero_ph(); 4]; M];
     // SAFETY: `Product` covers the pairs of the panel and of `M` rows from `row` on.
@@ -122,6 +140,14 @@ unsafe fn tile_fp16<const M: usize>(scaled: Scaled, row: usize, pairs: Range<usi
         let x = p.x.add(row * p.x_stride);
         for pair in pairs {
             let weights = p.panel.add(pair * 2 * WIDTH);
+            // One row waits for memory in any case, and leaves no time to ask for more.
+            if AHEAD {
+                for line in ahead.clone() {
+                    // Beyond the last panel there is nothing, and asking for it is harmless.
+                    let next = weights.wrapping_add((TERMS * LINES + line) * 32);
+                    _mm_prefetch::<_MM_HINT_T1>(next.cast());
+                }
+            }
             let mut panel = [_mm512_setzero_ph(); 4];
             for (v, panel) in panel.iter_mut().enumerate() {
                 let bits = _mm512_loadu_si512(weights.add(v * 32).cast());

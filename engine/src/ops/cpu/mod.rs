@@ -51,7 +51,7 @@ const ATTENTION_ROWS: usize = 64;
 const INPUT_BYTES_CACHED: usize = 1 << 20;
 /// Bytes of weights of one item: long enough for the processor's prefetching, short enough to
 /// leave little to wait for at the end.
-const PANEL_BYTES_PER_ITEM: usize = 256 << 10;
+const PANEL_BYTES_PER_ITEM: usize = 1 << 20;
 
 /// How exact the computation is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
