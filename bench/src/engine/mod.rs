@@ -4,6 +4,7 @@
 //! that already have a context, the likeliest token of each being fed back. The limit beside a
 //! decode figure is what memory allows: every step has to read all weights and the keys and values
 //! of all sequences once, at the bandwidth that the same number of threads reaches in this run.
+//! (A model that fits the caches can be faster.)
 
 mod bound;
 

@@ -10,7 +10,7 @@ use blockplane_transfer::{
 
 use super::{
     case::{Blocks, LaneName, OpName},
-    limits::gb_per_s,
+    limits::{another, gb_per_s},
     memory,
     peer::{self, Command, Link, PATIENCE, Reply, Settings},
 };
@@ -109,13 +109,9 @@ impl Connection {
             make,
             post: Samples::default(),
         };
-        for _ in 0..3 {
-            run(&prepared)?;
-        }
+        run(&prepared)?;
         let start = Instant::now();
-        while measured.latency.len() < 5
-            || (start.elapsed() < budget && measured.latency.len() < 10_000)
-        {
+        while another(start.elapsed(), budget, measured.latency.len()) {
             let (posted, took) = run(&prepared)?;
             measured.post.push(per_block(posted, blocks));
             measured.latency.push(took.as_secs_f64() * 1e6);

@@ -73,7 +73,7 @@ pub struct TransferArgs {
     /// Seed of block places and contents.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
-    /// Fewer and shorter cases, under 30 seconds.
+    /// Fewer, smaller and shorter cases; under 30 seconds.
     #[arg(long)]
     pub quick: bool,
     /// One JSON object a line instead of a table.
@@ -324,7 +324,7 @@ impl TransferArgs {
         }
         if args.quick {
             args.case_ms = args.case_ms.min(100);
-            args.counts.retain(|&count| count != 16);
+            args.arena_mib = args.arena_mib.min(64);
             args.patterns.truncate(1);
             args.block_bytes
                 .retain(|size| ![16 << 10, 256 << 10].contains(&size.0));
@@ -354,13 +354,30 @@ impl TransferArgs {
         let mut cases = Vec::new();
         for &pattern in &self.patterns {
             for &Size(block_bytes) in &self.block_bytes {
-                for &count in &self.counts {
+                for count in self.counts_of(block_bytes) {
                     let arena = self.arena_bytes();
                     cases.push(Blocks::new(pattern, block_bytes, count, arena, self.seed)?);
                 }
             }
         }
         Ok(cases)
+    }
+
+    /// Counts for one block size: all, or with `--quick` the smallest and the largest that moves no
+    /// more than 16 MiB.
+    fn counts_of(&self, block_bytes: u32) -> Vec<u32> {
+        const QUICK_BYTES_MAX: u64 = 16 << 20;
+        let mut counts = self.counts.clone();
+        if self.quick {
+            counts.sort_unstable();
+            counts.dedup();
+            let small =
+                |&&count: &&u32| u64::from(count) * u64::from(block_bytes) <= QUICK_BYTES_MAX;
+            let largest = counts.iter().rfind(small).copied();
+            counts.truncate(1);
+            counts.extend(largest.filter(|largest| !counts.contains(largest)));
+        }
+        counts
     }
 
     const fn arena_bytes(&self) -> u64 {

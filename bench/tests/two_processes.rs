@@ -1,0 +1,57 @@
+//! The transfer benchmark with two processes: this program is both of them.
+
+use std::io::{Write, stdout};
+
+use blockplane_bench::{BenchArgs, report::Report, run, transfer};
+use clap::Parser;
+use serde_json::Value;
+
+#[derive(Debug, Parser)]
+enum Cli {
+    Bench(BenchArgs),
+}
+
+#[derive(Debug, Parser)]
+struct Options {
+    #[command(flatten)]
+    args: transfer::TransferArgs,
+}
+
+fn main() -> anyhow::Result<()> {
+    // The other process is started as `<this program> bench transfer-peer`.
+    if std::env::args().nth(1).as_deref() == Some("bench") {
+        let Cli::Bench(args) = Cli::parse();
+        return run(args);
+    }
+    both_lanes_move_bytes_between_processes()?;
+    writeln!(
+        stdout(),
+        "test both_lanes_move_bytes_between_processes ... ok"
+    )?;
+    Ok(())
+}
+
+fn both_lanes_move_bytes_between_processes() -> anyhow::Result<()> {
+    let line = "transfer --quick --arena-mib 4 --case-ms 5 --block-bytes 4k,64k --counts 1,32";
+    let Options { args } = Options::parse_from(line.split(' '));
+    let mut out = Vec::new();
+    transfer::run_to(&args, &mut Report::new(&mut out, true))?;
+    let records: Vec<Value> = String::from_utf8(out)?
+        .lines()
+        .map(serde_json::from_str)
+        .collect::<Result<_, _>>()?;
+    for lane in ["shm", "tcp"] {
+        let of = |metric: &str| {
+            records
+                .iter()
+                .filter(|r| r["case"]["lane"] == lane && r["metric"] == metric)
+                .count()
+        };
+        assert_eq!(of("bandwidth_gb_per_s"), 8, "{lane}");
+        assert_eq!(of("notify_us"), 1, "{lane}");
+        // One figure for each process.
+        assert_eq!(of("idle_cpu_percent"), 2, "{lane}");
+    }
+    assert!(records.iter().all(|r| r["case"]["processes"] == 2));
+    Ok(())
+}
