@@ -237,7 +237,9 @@ impl Reactor {
                 let _ = rustix::io::read(&self.wake, &mut counter);
                 self.awake.store(false, Ordering::Release);
             }
-            for command in std::mem::take(&mut self.inbox.lock().commands) {
+            // Taken in a statement of its own: the lock must not be held while commands run.
+            let commands = std::mem::take(&mut self.inbox.lock().commands);
+            for command in commands {
                 match command {
                     Command::Add(token, source) => self.add(&mut sources, token, source),
                     Command::Data(token, command) => {

@@ -10,6 +10,7 @@
     reason = "a failed unwrap is a failed test, and sizes here are small"
 )]
 
+mod process;
 mod suite;
 mod support;
 
