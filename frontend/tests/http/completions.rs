@@ -1,9 +1,9 @@
 //! `POST /v1/completions`.
 
-use blockplane_protocol::TokenLogprob;
+use blockplane_protocol::{FinishReason, TokenLogprob, Usage};
 use serde_json::{Value, json};
 
-use crate::support::{MODEL, Server, completion, speech, stream_of};
+use crate::support::{IM_START, MODEL, Server, completion, frame, last, speech, stream_of};
 
 const PATH: &str = "/v1/completions";
 
@@ -120,4 +120,23 @@ async fn logprobs_have_the_older_form() {
             ],
         })
     );
+}
+
+#[tokio::test]
+async fn a_token_without_text_is_reported_at_the_end() {
+    let server = Server::saying("").await;
+    server.answer(|_| {
+        let mut frames = vec![frame([97]), frame([IM_START])];
+        for frame in &mut frames {
+            frame.tokens[0].logprob = Some(-0.5);
+        }
+        frames.push(last(FinishReason::Length, Usage::default()));
+        Ok(stream_of(frames))
+    });
+    let body = completion(&json!({"logprobs": 0}));
+    let reply = server.post(PATH, &body).await.ok();
+    assert_eq!(reply["choices"][0]["text"], "a");
+    let logprobs = &reply["choices"][0]["logprobs"];
+    assert_eq!(logprobs["tokens"], json!(["a", "<|im_start|>"]));
+    assert_eq!(logprobs["text_offset"], json!([0, 1]));
 }
