@@ -9,6 +9,22 @@
 //! Routes: `POST /v1/chat/completions`, `POST /v1/completions`, `GET /v1/models`,
 //! `GET /v1/models/{id}`, `GET /health`, `GET /live`, `GET /metrics`. Every error has OpenAI's
 //! envelope.
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//!
+//! use blockplane_frontend::{Frontend, FrontendConfig, ModelService};
+//!
+//! # async fn run(service: Arc<dyn ModelService>) -> std::io::Result<()> {
+//! let mut config = FrontendConfig::default();
+//! config.requests_max = 256;
+//! let listener = tokio::net::TcpListener::bind("127.0.0.1:8000").await?;
+//! let stop = async {
+//!     let _ = tokio::signal::ctrl_c().await;
+//! };
+//! Frontend::new(config, service)?.serve(listener, stop).await
+//! # }
+//! ```
 #![forbid(unsafe_code)]
 
 mod config;
