@@ -144,6 +144,9 @@ impl RouterConfig {
                 return Err(error(name, &value, "at least 1"));
             }
         }
+        if self.active_request_expiry.is_zero() {
+            return Err(error("active_request_expiry", &"0 s", "more than 0 s"));
+        }
         Ok(())
     }
 
