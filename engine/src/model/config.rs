@@ -1,5 +1,6 @@
 //! What `config.json` and `generation_config.json` of a checkpoint say, checked.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use blockplane_protocol::{AttentionGroup, AttentionKind, DType, KvLayout, TokenId};
@@ -111,7 +112,7 @@ impl ModelConfig {
         if heads % kv_heads != 0 {
             return Err(value(
                 "num_key_value_heads",
-                kv_heads,
+                &kv_heads,
                 "a divisor of num_attention_heads",
             ));
         }
@@ -121,19 +122,19 @@ impl ModelConfig {
             None => {
                 return Err(value(
                     "hidden_size",
-                    hidden_size,
+                    &hidden_size,
                     "a multiple of num_attention_heads where head_dim is not given",
                 ));
             }
         };
         if !head_dim.is_multiple_of(2) || head_dim > HEAD_DIM_MAX {
-            return Err(value("head_dim", head_dim, "an even number up to 1024"));
+            return Err(value("head_dim", &head_dim, "an even number up to 1024"));
         }
         let vocab_size = required(json, "vocab_size", 1, VOCAB_MAX)?;
         let context_tokens_max = required(json, "max_position_embeddings", 1, CONTEXT_MAX)?;
         let eps = number(json, "rms_norm_eps")?.unwrap_or(1e-6);
         if !(eps.is_finite() && eps > 0.0 && eps < 1.0) {
-            return Err(value("rms_norm_eps", eps, "between 0 and 1"));
+            return Err(value("rms_norm_eps", &eps, "between 0 and 1"));
         }
         let attention_bias = flag(json, "attention_bias")?.unwrap_or(false);
         Ok(Self {
@@ -232,16 +233,17 @@ fn architecture(json: &Value) -> Result<Architecture, ConfigError> {
 /// Fields that change the computation in ways that are not implemented.
 fn reject_unsupported(json: &Value) -> Result<(), ConfigError> {
     let activation = present(json, "hidden_act").map_or(Ok("silu"), |act| {
-        act.as_str().ok_or_else(|| value("hidden_act", act, "silu"))
+        act.as_str()
+            .ok_or_else(|| value("hidden_act", &act, "silu"))
     })?;
     if activation != "silu" {
-        return Err(value("hidden_act", activation, "silu"));
+        return Err(value("hidden_act", &activation, "silu"));
     }
     if let Some(quantization) = present(json, "quantization_config") {
         let method = quantization.get("quant_method").unwrap_or(quantization);
         return Err(value(
             "quantization_config",
-            method,
+            &method,
             "none (weights in BF16, F16 or F32)",
         ));
     }
@@ -264,13 +266,13 @@ fn windows(
         let types = types
             .as_array()
             .filter(|types| types.len() == layers)
-            .ok_or_else(|| value("layer_types", types, ACCEPTED))?;
+            .ok_or_else(|| value("layer_types", &types, ACCEPTED))?;
         return types
             .iter()
             .map(|kind| match (kind.as_str(), window) {
                 (Some("full_attention"), _) => Ok(None),
                 (Some("sliding_attention"), Some(window)) => Ok(Some(window)),
-                _ => Err(value("layer_types", kind, ACCEPTED)),
+                _ => Err(value("layer_types", &kind, ACCEPTED)),
             })
             .collect();
     }
@@ -305,7 +307,7 @@ fn token_ids(
             id.as_u64()
                 .filter(|&id| id < vocab_size as u64)
                 .and_then(|id| TokenId::try_from(id).ok())
-                .ok_or_else(|| value(field, id, ACCEPTED))
+                .ok_or_else(|| value(field, &id, ACCEPTED))
         })
         .collect()
 }
@@ -340,7 +342,7 @@ pub(super) fn number(json: &Value, field: &'static str) -> Result<Option<f64>, C
         .map(|found| {
             found
                 .as_f64()
-                .ok_or_else(|| value(field, found, "a number"))
+                .ok_or_else(|| value(field, &found, "a number"))
         })
         .transpose()
 }
@@ -350,7 +352,7 @@ pub(super) fn flag(json: &Value, field: &'static str) -> Result<Option<bool>, Co
         .map(|found| {
             found
                 .as_bool()
-                .ok_or_else(|| value(field, found, "true or false"))
+                .ok_or_else(|| value(field, &found, "true or false"))
         })
         .transpose()
 }
@@ -367,7 +369,7 @@ pub(super) fn optional(
                 .as_u64()
                 .and_then(|n| usize::try_from(n).ok())
                 .filter(|n| (min..=max).contains(n))
-                .ok_or_else(|| value(field, found, "an integer of plausible size"))
+                .ok_or_else(|| value(field, &found, format!("an integer from {min} to {max}")))
         })
         .transpose()
 }
@@ -383,14 +385,14 @@ fn required(
 
 pub(super) fn value(
     field: &'static str,
-    found: impl ToString,
-    accepted: &'static str,
+    found: &dyn ToString,
+    accepted: impl Into<Cow<'static, str>>,
 ) -> ConfigError {
     const SHOWN_CHARS_MAX: usize = 80;
     ConfigError::Value {
         field,
         found: found.to_string().chars().take(SHOWN_CHARS_MAX).collect(),
-        accepted,
+        accepted: accepted.into(),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Why a checkpoint is not loaded and why a step is not run.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
 use blockplane_protocol::{BlockId, TokenId};
@@ -144,7 +145,7 @@ pub enum ConfigError {
         /// The value found.
         found: String,
         /// Which values are.
-        accepted: &'static str,
+        accepted: Cow<'static, str>,
     },
 }
 

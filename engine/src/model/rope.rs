@@ -35,13 +35,13 @@ impl RopeConfig {
             .or_else(|| present(json, "rope_scaling"))
             .unwrap_or(&nothing);
         if !(parameters.is_null() || parameters.is_object()) {
-            return Err(value("rope_scaling", parameters, "an object or null"));
+            return Err(value("rope_scaling", &parameters, "an object or null"));
         }
         for holder in [json, parameters] {
             if let Some(part) = number(holder, "partial_rotary_factor")?
                 && part != 1.0
             {
-                return Err(value("partial_rotary_factor", part, "1"));
+                return Err(value("partial_rotary_factor", &part, "1"));
             }
         }
         let theta = match number(parameters, "rope_theta")? {
@@ -49,7 +49,7 @@ impl RopeConfig {
             None => number(json, "rope_theta")?.unwrap_or(THETA_DEFAULT),
         };
         if !(theta.is_finite() && theta > 1.0) {
-            return Err(value("rope_theta", theta, "a number above 1"));
+            return Err(value("rope_theta", &theta, "a number above 1"));
         }
         let kind = present(parameters, "rope_type")
             .or_else(|| present(parameters, "type"))
@@ -87,7 +87,11 @@ fn llama3(parameters: &Value, plain: Vec<f64>, original: usize) -> Result<Vec<f6
     let low = positive(parameters, "low_freq_factor")?.unwrap_or(1.0);
     let high = positive(parameters, "high_freq_factor")?.unwrap_or(4.0);
     if high <= low {
-        return Err(value("high_freq_factor", high, "more than low_freq_factor"));
+        return Err(value(
+            "high_freq_factor",
+            &high,
+            "more than low_freq_factor",
+        ));
     }
     let original = to_f64(original);
     Ok(plain
@@ -161,14 +165,14 @@ fn positive(parameters: &Value, field: &'static str) -> Result<Option<f64>, Conf
     let found = number(parameters, field)?;
     match found {
         Some(number) if !(number.is_finite() && number > 0.0) => {
-            Err(value(field, number, "a positive number"))
+            Err(value(field, &number, "a positive number"))
         }
         _ => Ok(found),
     }
 }
 
 fn unknown_type(kind: &Value) -> ConfigError {
-    value("rope_type", kind, "default, linear, dynamic, llama3, yarn")
+    value("rope_type", &kind, "default, linear, dynamic, llama3, yarn")
 }
 
 /// Exact for every dimension that passes the limits of the configuration.

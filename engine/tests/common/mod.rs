@@ -1,7 +1,6 @@
 //! Fixture checkpoints, their reference outputs, and KV memory for tests of the model.
 
 use std::cell::UnsafeCell;
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -12,13 +11,13 @@ use blockplane_protocol::{BlockId, KvLayout, LayerIndex, TokenId};
 use safetensors::SafeTensors;
 
 /// Small blocks, so that every prompt spans several.
-pub const BLOCK_TOKENS: u32 = 16;
+pub(crate) const BLOCK_TOKENS: u32 = 16;
 const BLOCKS: u32 = 128;
 
 /// Those in the repository.
-pub const COMMITTED: [&str; 3] = ["llama", "qwen3", "mistral-swa"];
+pub(crate) const COMMITTED: [&str; 3] = ["llama", "qwen3", "mistral-swa"];
 /// Those that `tests/fixtures/make_fixtures.py` makes besides.
-pub const GENERATED: [&str; 10] = [
+pub(crate) const GENERATED: [&str; 10] = [
     "llama-tied",
     "llama-yarn",
     "llama-linear",
@@ -32,19 +31,19 @@ pub const GENERATED: [&str; 10] = [
 ];
 
 /// What transformers computed.
-pub struct Reference {
-    pub prompts: Vec<Prompt>,
+pub(crate) struct Reference {
+    pub(crate) prompts: Vec<Prompt>,
 }
 
 /// One prompt and what follows it.
-pub struct Prompt {
-    pub ids: Vec<TokenId>,
+pub(crate) struct Prompt {
+    pub(crate) ids: Vec<TokenId>,
     /// One row per prompt position.
-    pub logits: Vec<Vec<f32>>,
-    pub greedy: Vec<TokenId>,
+    pub(crate) logits: Vec<Vec<f32>>,
+    pub(crate) greedy: Vec<TokenId>,
 }
 
-pub fn committed(name: &str) -> PathBuf {
+pub(crate) fn committed(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../tests/fixtures")
         .join(name)
@@ -55,7 +54,11 @@ pub fn committed(name: &str) -> PathBuf {
     clippy::disallowed_methods,
     reason = "the test run says in this variable where it put the generated fixtures"
 )]
-pub fn generated(name: &str) -> Option<PathBuf> {
+#[expect(
+    clippy::print_stdout,
+    reason = "what is skipped must show, with its reason"
+)]
+pub(crate) fn generated(name: &str) -> Option<PathBuf> {
     let Some(folder) = std::env::var_os("BLOCKPLANE_FIXTURES") else {
         println!("skipped {name}: BLOCKPLANE_FIXTURES is not set (see tests/fixtures)");
         return None;
@@ -69,7 +72,7 @@ pub fn generated(name: &str) -> Option<PathBuf> {
 }
 
 /// All fixtures that are there.
-pub fn all_fixtures() -> Vec<(String, PathBuf)> {
+pub(crate) fn all_fixtures() -> Vec<(String, PathBuf)> {
     let committed = COMMITTED.map(|name| (name.to_owned(), committed(name)));
     let generated = GENERATED
         .into_iter()
@@ -78,7 +81,7 @@ pub fn all_fixtures() -> Vec<(String, PathBuf)> {
 }
 
 impl Reference {
-    pub fn read(folder: &Path) -> Self {
+    pub(crate) fn read(folder: &Path) -> Self {
         let bytes = std::fs::read(folder.join("reference/reference.safetensors"))
             .expect("a fixture has its reference");
         let tensors = SafeTensors::deserialize(&bytes).expect("the reference is whole");
@@ -107,7 +110,7 @@ impl Reference {
 }
 
 /// KV blocks on the heap, and a block table handed out from them out of order.
-pub struct HeapKv {
+pub(crate) struct HeapKv {
     layout: KvLayout,
     memory: Box<[UnsafeCell<u64>]>,
 }
@@ -136,7 +139,7 @@ unsafe impl KvView for HeapKv {
 
 impl HeapKv {
     /// Filled with NaN: what is read without having been written shows.
-    pub fn new(layout: KvLayout) -> Self {
+    pub(crate) fn new(layout: KvLayout) -> Self {
         let words = layout.pool_bytes(BLOCKS).div_ceil(8);
         Self {
             layout,
@@ -144,8 +147,24 @@ impl HeapKv {
         }
     }
 
+    /// Key and value of one token of one layer, all heads, of a pool in single precision.
+    pub(crate) fn slots(&self, block: BlockId, layer: LayerIndex, token: usize) -> [Vec<f32>; 2] {
+        let l = &self.layout;
+        let (heads, dim) = (l.kv_heads as usize, l.head_dim as usize);
+        let run = self.run_ptr(block, layer).as_ptr().cast::<f32>();
+        [0, 1].map(|plane| {
+            (0..heads)
+                .flat_map(|head| {
+                    let at = ((plane * heads + head) * l.block_tokens as usize + token) * dim;
+                    // SAFETY: inside the run; the test reads between two layers.
+                    (0..dim).map(move |d| unsafe { *run.wrapping_add(at + d) })
+                })
+                .collect()
+        })
+    }
+
     /// Blocks `index`, `index + step`, ... for the sequence with this index among `step`.
-    pub fn table(index: u32, step: u32) -> Vec<BlockId> {
+    pub(crate) fn table(index: u32, step: u32) -> Vec<BlockId> {
         let mut table: Vec<_> = (index..BLOCKS)
             .step_by(step as usize)
             .map(BlockId)
@@ -156,27 +175,32 @@ impl HeapKv {
 }
 
 /// A loaded fixture with memory to run it.
-pub struct Runner {
-    pub executor: Executor,
-    pub kv: HeapKv,
+pub(crate) struct Runner {
+    pub(crate) executor: Executor,
+    pub(crate) kv: HeapKv,
 }
 
 impl Runner {
-    pub fn new(folder: &Path, compute: Compute, threads: usize, isa: Option<Isa>) -> Self {
+    pub(crate) fn new(folder: &Path, compute: Compute, threads: usize, isa: Option<Isa>) -> Self {
         let mut options = LoadOptions::new(compute, threads);
         options.cpu.isa = isa;
         let model = Model::load(folder, &options).expect("the fixture loads");
         Self::of(model)
     }
 
-    pub fn of(model: Arc<Model>) -> Self {
+    pub(crate) fn of(model: Arc<Model>) -> Self {
         let kv = HeapKv::new(model.kv_layout(BLOCK_TOKENS));
         let executor = Executor::new(model, ExecutorOptions::default()).expect("memory");
         Self { executor, kv }
     }
 
     /// Logits after the last of `tokens`, which begin at `position`.
-    pub fn step(&mut self, tokens: &[TokenId], position: usize, blocks: &[BlockId]) -> Vec<f32> {
+    pub(crate) fn step(
+        &mut self,
+        tokens: &[TokenId],
+        position: usize,
+        blocks: &[BlockId],
+    ) -> Vec<f32> {
         let slice = SequenceSlice {
             tokens,
             position: u32::try_from(position).expect("short"),
@@ -191,7 +215,7 @@ impl Runner {
     }
 
     /// The prompt in chunks of at most `chunk` tokens, then `steps` greedy tokens.
-    pub fn greedy(
+    pub(crate) fn greedy(
         &mut self,
         prompt: &[TokenId],
         chunk: usize,
@@ -216,13 +240,13 @@ impl Runner {
 }
 
 /// Index of the greatest, the first of equals.
-pub fn argmax(logits: &[f32]) -> TokenId {
+pub(crate) fn argmax(logits: &[f32]) -> TokenId {
     let best = (0..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best });
     TokenId::try_from(best).expect("a token id")
 }
 
 /// The greatest absolute difference.
-pub fn max_difference(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn max_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter()
         .zip(b)
@@ -232,7 +256,7 @@ pub fn max_difference(a: &[f32], b: &[f32]) -> f32 {
 }
 
 /// Length of the difference relative to the length of `b`.
-pub fn relative_error(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn relative_error(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     let square = |x: f32| x * x;
     let difference: f32 = a.iter().zip(b).map(|(a, b)| square(a - b)).sum();

@@ -126,7 +126,7 @@ impl Scratch {
 #[inline(always)]
 pub(super) unsafe fn attend<S: Simd, K: Cached, const ROWS: usize, const VECTORS: usize>(
     s: S,
-    a: Attend<'_, K>,
+    a: &mut Attend<'_, K>,
 ) {
     let width = VECTORS * S::LANES;
     let dim = a.head_dim;

@@ -167,11 +167,13 @@ unsafe fn tile_fp16<const M: usize, const AHEAD: bool>(scaled: Scaled, part: Par
             let out = p.out.add((row + m) * p.out_stride);
             for (v, &sum) in sums.iter().enumerate() {
                 let at = out.add(v * 16);
-                let so_far = match (is_first && !p.add, p.bias.is_null()) {
-                    (false, _) => _mm512_loadu_ps(at),
-                    (true, true) => _mm512_setzero_ps(),
-                    (true, false) => _mm512_loadu_ps(p.bias.add(v * 16)),
-                };
+                let mut so_far = _mm512_setzero_ps();
+                if p.add || !is_first {
+                    so_far = _mm512_loadu_ps(at);
+                }
+                if is_first && !p.bias.is_null() {
+                    so_far = _mm512_add_ps(so_far, _mm512_loadu_ps(p.bias.add(v * 16)));
+                }
                 _mm512_storeu_ps(at, _mm512_fmadd_ps(add_halves(sum), scale, so_far));
             }
         }

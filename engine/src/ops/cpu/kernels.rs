@@ -1,8 +1,4 @@
 //! The generic kernels, instantiated for each instruction set and chosen once.
-#![expect(
-    clippy::multiple_unsafe_ops_per_block,
-    reason = "the proof of the instruction set and the call that uses it rest on one argument"
-)]
 
 use super::Isa;
 use super::attention::{Attend, attend};
@@ -19,8 +15,8 @@ pub(super) struct Kernels {
     pub(super) width: usize,
     pub(super) product_f32: unsafe fn(Product<f32, f32>),
     pub(super) product_bf16: unsafe fn(Product<f32, u16>),
-    pub(super) attend_f32: unsafe fn(Attend<'_, f32>),
-    pub(super) attend_bf16: unsafe fn(Attend<'_, u16>),
+    pub(super) attend_f32: unsafe fn(&mut Attend<'_, f32>),
+    pub(super) attend_bf16: unsafe fn(&mut Attend<'_, u16>),
     pub(super) rms_norm: unsafe fn(usize, *const f32, *const f32, f32, *mut f32),
     pub(super) silu_mul: unsafe fn(usize, *const f32, *const f32, *mut f32),
     pub(super) rotate: unsafe fn(usize, *const f32, *const f32, *const f32, *mut f32),
@@ -74,13 +70,13 @@ macro_rules! instantiate {
             }
 
             $(#[target_feature(enable = $feature)])?
-            unsafe fn attend_f32(a: Attend<'_, f32>) {
+            unsafe fn attend_f32(a: &mut Attend<'_, f32>) {
                 // SAFETY: the caller's, the instruction set included.
                 unsafe { attend::<$simd, f32, $rows, $vectors>($proof, a) }
             }
 
             $(#[target_feature(enable = $feature)])?
-            unsafe fn attend_bf16(a: Attend<'_, u16>) {
+            unsafe fn attend_bf16(a: &mut Attend<'_, u16>) {
                 // SAFETY: the caller's, the instruction set included.
                 unsafe { attend::<$simd, u16, $rows, $vectors>($proof, a) }
             }

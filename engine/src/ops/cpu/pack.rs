@@ -105,9 +105,10 @@ pub(super) fn pack(
             let out = Shared::new(panels.as_mut_ptr());
             let inverses = Shared::new(scales.as_mut_ptr());
             pool.run(count, &|panel| {
-                // SAFETY: every panel and its scale are written by one item only.
-                let (out, inverse) =
-                    unsafe { (out.slice(panel * length, length), inverses.slice(panel, 1)) };
+                // SAFETY: every panel is written by one item only.
+                let out = unsafe { out.slice(panel * length, length) };
+                // SAFETY: and so is its scale.
+                let inverse = unsafe { inverses.slice(panel, 1) };
                 let rows = || {
                     (0..width)
                         .map_while(|lane| row(panel * width + lane))

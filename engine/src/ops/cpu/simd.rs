@@ -4,6 +4,10 @@
 //! vectors is safe; only loads and stores, which take pointers, are not. Kernels are written once,
 //! generic over [`Simd`], marked `#[inline(always)]`, and instantiated inside functions that
 //! enable the instruction set.
+#![expect(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "the loads and stores of a square rest on the one contract of its function"
+)]
 
 /// Terms of the polynomial for `2^x` on a reduced argument, highest power first; error below one
 /// unit in the last place of single precision.
@@ -68,13 +72,12 @@ pub(super) trait Simd: Copy {
     #[inline(always)]
     unsafe fn transpose(self, rows: *const *const f32, to: *mut f32, stride: usize) {
         for c in 0..Self::LANES {
-            // SAFETY: the caller's; `c` and `r` are below `LANES`.
-            let row = unsafe { *rows.add(c) };
             for r in 0..Self::LANES {
-                // SAFETY: as above.
-                let x = unsafe { *row.add(r) };
-                // SAFETY: as above.
-                unsafe { *to.add(r * stride + c) = x };
+                // SAFETY: the caller's; `c` and `r` are below `LANES`.
+                unsafe {
+                    to.add(r * stride + c)
+                        .write(rows.add(c).read().add(r).read())
+                };
             }
         }
     }
@@ -86,13 +89,12 @@ pub(super) trait Simd: Copy {
     #[inline(always)]
     unsafe fn transpose_bf16(self, rows: *const *const u16, to: *mut f32, stride: usize) {
         for c in 0..Self::LANES {
-            // SAFETY: the caller's; `c` is below `LANES` and `r` below twice that.
-            let row = unsafe { *rows.add(c) };
             for r in 0..2 * Self::LANES {
-                // SAFETY: as above.
-                let bits = u32::from(unsafe { *row.add(r) }) << 16;
-                // SAFETY: as above.
-                unsafe { *to.add(r * stride + c) = f32::from_bits(bits) };
+                // SAFETY: the caller's; `c` is below `LANES` and `r` below twice that.
+                unsafe {
+                    let bits = u32::from(rows.add(c).read().add(r).read()) << 16;
+                    to.add(r * stride + c).write(f32::from_bits(bits));
+                }
             }
         }
     }
