@@ -19,8 +19,8 @@ pub mod request;
 pub mod token;
 
 pub use endpoint::{EndpointId, EndpointParseError};
-pub use handoff::{KvTarget, PrefillDone, PrefillJob, PrefillReply, SamplerState};
 pub use feed::{FeedItem, FeedRequest, SnapshotBlock};
+pub use handoff::{KvTarget, PrefillDone, PrefillJob, PrefillReply, SamplerState};
 pub use hash::{BlockHash, PositionalHash, SaltHash, SequenceHash};
 pub use id::{BlockId, DpRank, LayerIndex, RequestId, WorkerId, WorkerRank};
 pub use kv_event::{KvEvent, KvEventData, StoredBlock, Tier};

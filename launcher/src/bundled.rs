@@ -1,0 +1,46 @@
+//! The small checkpoint that the binary carries, so that it serves something with no download.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+
+/// Name of the bundled checkpoint's directory, and so of the model in the API.
+const NAME: &str = "blockplane-tiny";
+
+macro_rules! files {
+    ($($name:literal),* $(,)?) => {
+        &[$(($name, include_bytes!(concat!("../../tests/fixtures/qwen3/", $name)).as_slice())),*]
+    };
+}
+
+const FILES: &[(&str, &[u8])] = files![
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+];
+
+/// Writes the checkpoint under `parent` and returns its directory.
+///
+/// Several processes may do this at once: each file appears whole, by a rename.
+pub(crate) fn unpack(parent: &Path) -> anyhow::Result<PathBuf> {
+    let dir = parent.join(NAME);
+    std::fs::create_dir_all(&dir)
+        .with_context(|| format!("model directory {} cannot be made", dir.display()))?;
+    for (name, bytes) in FILES {
+        let path = dir.join(name);
+        if path
+            .metadata()
+            .is_ok_and(|file| file.len() == bytes.len() as u64)
+        {
+            continue;
+        }
+        let partial = dir.join(format!(".{name}.{}", std::process::id()));
+        std::fs::write(&partial, bytes)
+            .and_then(|()| std::fs::rename(&partial, &path))
+            .with_context(|| format!("bundled model file {} cannot be written", path.display()))?;
+    }
+    Ok(dir)
+}

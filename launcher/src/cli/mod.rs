@@ -1,0 +1,59 @@
+//! The command line. Every setting has one flag, one variable where Dynamo's users know one, and a
+//! documented default; nothing else in the workspace reads the environment.
+
+mod frontend;
+mod node;
+mod worker;
+
+use clap::{Parser, Subcommand};
+
+pub(crate) use frontend::{FrontendArgs, RouterModeArg};
+pub(crate) use node::{DoctorArgs, LaunchArgs, UpArgs, UpMode};
+pub(crate) use worker::{ComputeArg, EngineArg, LaneArg, WorkerArgs};
+
+/// Moves, keeps and finds KV-cache blocks, and serves LLMs from them.
+#[derive(Debug, Parser)]
+#[command(
+    name = "blockplane",
+    version,
+    max_term_width = 110,
+    propagate_version = true
+)]
+pub(crate) struct Cli {
+    /// Log filter: error, warn, info, debug, trace, or TARGET=LEVEL pairs.
+    #[arg(
+        long,
+        global = true,
+        env = "DYN_LOG",
+        default_value = "warn,blockplane=info"
+    )]
+    pub(crate) log: String,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Serve a model on this machine: frontend, router and workers, each its own process.
+    Up(UpArgs),
+    /// Start and supervise what a deployment file assigns to one node.
+    Launch(LaunchArgs),
+    /// Run an OpenAI-compatible frontend with its router.
+    Frontend(FrontendArgs),
+    /// Run one worker.
+    Worker(WorkerArgs),
+    /// Report what this machine offers, what is used, and what to do about what is missing.
+    Doctor(DoctorArgs),
+    /// Measure links, the engine, or a running deployment.
+    Bench(blockplane_bench::BenchArgs),
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,110 @@
+//! `blockplane up`, `blockplane launch` and `blockplane doctor`.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, ValueEnum};
+
+use super::worker::{ComputeArg, EngineArg, LaneArg, seconds};
+
+/// How prefill, decode and routing are put together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum UpMode {
+    /// Aggregated workers, requests in turn.
+    Agg,
+    /// Aggregated workers, requests routed by cached prefix and load.
+    AggRouter,
+    /// Prefill and decode workers, requests in turn.
+    Disagg,
+    /// Prefill and decode workers, requests routed by cached prefix and load.
+    #[default]
+    DisaggRouter,
+    /// One aggregated worker with data-parallel ranks that the router addresses one by one.
+    Dep,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct UpArgs {
+    /// Checkpoint directory in Hugging Face form; the small bundled model when absent.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// Name in the OpenAI API; the directory's name when absent.
+    #[arg(long)]
+    pub(crate) served_model_name: Option<String>,
+    /// How prefill, decode and routing are put together.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) mode: UpMode,
+    /// Prefill workers (disagg modes); 1 when absent.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=64))]
+    pub(crate) prefill: Option<u32>,
+    /// Decode workers (disagg modes), aggregated workers (agg modes), or ranks (dep); 1 when absent, 2 ranks.
+    #[arg(long, value_name = "M", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) decode: Option<u32>,
+    /// Address to listen on.
+    #[arg(long, env = "DYN_HTTP_HOST", default_value = "127.0.0.1")]
+    pub(crate) http_host: String,
+    /// Port to listen on; 0 takes a free one.
+    #[arg(long, env = "DYN_HTTP_PORT", default_value_t = 8000)]
+    pub(crate) http_port: u16,
+    /// What computes.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) engine: EngineArg,
+    /// Arithmetic of the native engine.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) compute: ComputeArg,
+    /// Compute threads of each worker; all cores when absent.
+    #[arg(long)]
+    pub(crate) threads: Option<usize>,
+    /// Tokens per KV block.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) block_size: Option<u32>,
+    /// KV blocks of each worker's pool; 1 GB of memory when absent.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) blocks: Option<u32>,
+    /// Lanes that may move KV, best first: shm, tcp.
+    #[arg(long = "lane", value_enum, value_delimiter = ',')]
+    pub(crate) lanes: Vec<LaneArg>,
+    /// Further arguments for every worker, as one string: `--worker-args "--max-num-seqs 8"`.
+    #[arg(
+        long,
+        value_name = "ARGS",
+        allow_hyphen_values = true,
+        default_value = ""
+    )]
+    pub(crate) worker_args: String,
+    /// Further arguments for the frontend, as one string.
+    #[arg(
+        long,
+        value_name = "ARGS",
+        allow_hyphen_values = true,
+        default_value = ""
+    )]
+    pub(crate) frontend_args: String,
+    /// Seed that makes the whole run repeatable.
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+    /// Directory for discovery, sockets and logs; a temporary one, removed at the end, when absent.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) run_dir: Option<PathBuf>,
+    /// Time for running requests to finish on shutdown, in seconds.
+    #[arg(long, env = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", value_parser = seconds, default_value = "5")]
+    pub(crate) grace: Duration,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct LaunchArgs {
+    /// Deployment file (TOML).
+    pub(crate) file: PathBuf,
+    /// The node of the file that this machine is.
+    #[arg(long)]
+    pub(crate) node: String,
+    /// Directory for logs and sockets; overrides the file's.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) run_dir: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// One JSON object instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+}

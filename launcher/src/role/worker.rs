@@ -1,0 +1,248 @@
+//! `blockplane worker`: an engine behind RPC, registered in discovery.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context, ensure};
+use blockplane_engine::Engine;
+use blockplane_protocol::{EndpointId, ModelCard, WorkerId, WorkerRole};
+use blockplane_runtime::{
+    discovery::{Discovery, FileDiscovery, FileDiscoveryConfig, Instance},
+    lifecycle::{ShutdownGate, ShutdownPlan},
+    rpc::{RpcClient, RpcClientConfig, RpcServer, RpcServerConfig},
+};
+use blockplane_transfer::{Agent, AgentConfig, Lane};
+
+use super::{Reporter, finish, runtime, stop_requested};
+use crate::{
+    bundled,
+    cli::{LaneArg, WorkerArgs},
+    supervise::Report,
+    wiring::{
+        descriptor::{GENERATE, WorkerDescriptor},
+        engines, handlers,
+        prefill::RpcPrefill,
+    },
+};
+
+/// Runs a worker until it is told to stop.
+pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<ExitCode> {
+    let runtime = runtime()?;
+    let outcome = runtime.block_on(serve(args));
+    finish(runtime);
+    outcome.map(|()| ExitCode::SUCCESS)
+}
+
+async fn serve(args: WorkerArgs) -> anyhow::Result<()> {
+    let reporter = Reporter::start(args.exit_with_parent);
+    let stop = stop_requested(args.exit_with_parent);
+    tokio::pin!(stop);
+    let gate = ShutdownGate::new();
+    let started = async {
+        let identity = Identity::new(&args)?;
+        let discovery =
+            FileDiscovery::new(FileDiscoveryConfig::new(args.discovery.discovery.clone()))?;
+        let agent = agent(&args, &identity)?;
+        let remote = match identity.role {
+            WorkerRole::Decode => {
+                let watch = discovery.watch(identity.endpoint.namespace()).await?;
+                let client = RpcClient::new(RpcClientConfig::default());
+                Some(RpcPrefill::start(
+                    client,
+                    watch,
+                    identity.model_name.clone(),
+                ))
+            }
+            WorkerRole::Aggregated | WorkerRole::Prefill => None,
+        };
+        let settings = engines::Settings {
+            args: args.clone(),
+            role: identity.role,
+            model_dir: identity.model_dir.clone(),
+            model_name: identity.model_name.clone(),
+            agent,
+            remote,
+            runtime: tokio::runtime::Handle::current(),
+        };
+        let engine = tokio::task::spawn_blocking(move || engines::start(&settings))
+            .await
+            .context("starting the engine failed")??;
+        let server = RpcServer::bind(bind_address(&args.host)?, RpcServerConfig::default()).await?;
+        handlers::serve(&server, identity.id, &engine, &gate);
+        let instance = identity.instance(&args, server.local_addr(), engine.as_ref())?;
+        let lease = discovery.register(instance).await?;
+        anyhow::Ok((identity, discovery, engine, server, lease))
+    };
+    let (identity, _discovery, engine, server, lease) = tokio::select! {
+        started = started => started?,
+        reason = &mut stop => {
+            tracing::info!(reason = reason?, "stopped before it was ready");
+            return Ok(());
+        }
+    };
+    reporter.report(&Report::Ready {
+        detail: identity.summary(engine.as_ref(), &server),
+    });
+
+    let reason = stop.await?;
+    tracing::info!(reason, grace = ?args.grace, "stopping: unregister, drain, tear down");
+    gate.begin();
+    let plan = ShutdownPlan {
+        grace: args.grace,
+        ..ShutdownPlan::default()
+    };
+    let unregister = async {
+        if let Err(error) = lease.revoke().await {
+            tracing::warn!(%error, "the worker could not be unregistered; its entry expires");
+        }
+    };
+    let teardown = async {
+        engine.drain(Duration::ZERO).await;
+        server.shutdown(Duration::ZERO).await;
+    };
+    let report = gate.run(plan, unregister, teardown).await;
+    tracing::info!(
+        running = report.running,
+        cancelled = report.cancelled,
+        "stopped"
+    );
+    Ok(())
+}
+
+/// Who this worker is.
+struct Identity {
+    id: WorkerId,
+    name: String,
+    role: WorkerRole,
+    endpoint: EndpointId,
+    model_dir: PathBuf,
+    model_name: String,
+}
+
+impl Identity {
+    fn new(args: &WorkerArgs) -> anyhow::Result<Self> {
+        let role = args.worker_role();
+        let endpoint = match &args.endpoint {
+            Some(endpoint) => endpoint.clone(),
+            None => EndpointId::new("blockplane", role.as_str(), GENERATE)?,
+        };
+        ensure!(
+            endpoint.endpoint() == GENERATE,
+            "--endpoint {endpoint}: a worker serves the endpoint '{GENERATE}'; accepted: \
+             dyn://NAMESPACE.COMPONENT.{GENERATE}"
+        );
+        let model_dir = match &args.model {
+            Some(dir) => dir
+                .canonicalize()
+                .with_context(|| format!("model directory {} cannot be opened", dir.display()))?,
+            None => bundled::unpack(args.discovery.discovery.parent().unwrap_or(Path::new(".")))?,
+        };
+        let model_name = match &args.served_model_name {
+            Some(name) => name.clone(),
+            None => model_dir
+                .file_name()
+                .with_context(|| {
+                    let dir = model_dir.display();
+                    format!("model directory {dir} has no name; give --served-model-name")
+                })?
+                .to_string_lossy()
+                .into_owned(),
+        };
+        let pid = std::process::id();
+        let name = args
+            .name
+            .clone()
+            .unwrap_or_else(|| format!("{}-{pid}", role.as_str()));
+        Ok(Self {
+            id: WorkerId(rand::random()),
+            name,
+            role,
+            endpoint,
+            model_dir,
+            model_name,
+        })
+    }
+
+    fn instance(
+        &self,
+        args: &WorkerArgs,
+        rpc: SocketAddr,
+        engine: &dyn Engine,
+    ) -> anyhow::Result<Instance> {
+        let info = engine.info();
+        let card = ModelCard {
+            name: self.model_name.clone(),
+            path: self
+                .model_dir
+                .to_str()
+                .with_context(|| {
+                    format!(
+                        "model directory {} is not valid UTF-8",
+                        self.model_dir.display()
+                    )
+                })?
+                .to_owned(),
+            context_tokens_max: info.context_tokens_max,
+            vocab_size: info.vocab_size,
+            eos_token_ids: info.eos_token_ids.clone(),
+            kv_layout: info.layout.clone(),
+            blocks: info.blocks,
+            dp_size: info.dp_size,
+            role: self.role,
+        };
+        let descriptor = WorkerDescriptor {
+            name: self.name.clone(),
+            pid: std::process::id(),
+            card,
+        };
+        Ok(Instance {
+            id: self.id,
+            endpoint: self.endpoint.clone(),
+            address: format!("{}:{}", args.host, rpc.port()),
+            metadata: serde_json::to_value(descriptor)?,
+        })
+    }
+
+    fn summary(&self, engine: &dyn Engine, server: &RpcServer) -> String {
+        let info = engine.info();
+        let ranks = if info.dp_size > 1 {
+            format!(", {} ranks", info.dp_size)
+        } else {
+            String::new()
+        };
+        format!(
+            "{} {} at {}, model {}, {} blocks of {} tokens{ranks}",
+            self.role.as_str(),
+            self.id,
+            server.local_addr(),
+            self.model_name,
+            info.blocks,
+            info.layout.block_tokens,
+        )
+    }
+}
+
+fn agent(args: &WorkerArgs, identity: &Identity) -> anyhow::Result<Agent> {
+    let mut lanes = vec![Lane::Loopback];
+    lanes.extend(args.lanes.iter().map(|lane| match lane {
+        LaneArg::Shm => Lane::Shm,
+        LaneArg::Tcp => Lane::Tcp,
+    }));
+    let mut config = AgentConfig::new(identity.id.to_string()).with_lanes(lanes);
+    config.tcp_bind = bind_address(&args.host)?;
+    Agent::new(config).context("the transfer agent cannot be started")
+}
+
+/// The address to listen on for `host`, with a port that the system picks.
+fn bind_address(host: &str) -> anyhow::Result<SocketAddr> {
+    use std::net::ToSocketAddrs;
+    (host, 0)
+        .to_socket_addrs()
+        .ok()
+        .and_then(|mut addresses| addresses.next())
+        .with_context(|| format!("--host {host} is not an address of this machine"))
+}

@@ -1,0 +1,131 @@
+//! Starts the engine that a worker's flags ask for.
+
+use std::{path::PathBuf, sync::Arc};
+
+use anyhow::{Context, ensure};
+use blockplane_engine::{
+    Engine, HandoffConfig, NativeConfig, NativeEngine, PoolSize, RemotePrefill, SchedulerConfig,
+    mock::{MockConfig, MockEngine, MockModel, MockTiming},
+    model::{LoadOptions, Model, ModelConfig},
+    ops::Compute,
+};
+use blockplane_protocol::WorkerRole;
+use blockplane_transfer::Agent;
+
+use super::prefill::RpcPrefill;
+use crate::cli::{ComputeArg, EngineArg, WorkerArgs};
+
+/// Everything an engine is made of.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    pub(crate) args: WorkerArgs,
+    pub(crate) role: WorkerRole,
+    pub(crate) model_dir: PathBuf,
+    pub(crate) model_name: String,
+    pub(crate) agent: Agent,
+    /// The way to prefill workers, for a decode worker.
+    pub(crate) remote: Option<Arc<RpcPrefill>>,
+    /// Where the hand-offs run.
+    pub(crate) runtime: tokio::runtime::Handle,
+}
+
+/// Starts the engine. Takes as long as loading the weights does.
+pub(crate) fn start(settings: &Settings) -> anyhow::Result<Arc<dyn Engine>> {
+    match settings.args.engine {
+        EngineArg::Native => native(settings),
+        EngineArg::Mock => mock(settings),
+    }
+}
+
+fn native(settings: &Settings) -> anyhow::Result<Arc<dyn Engine>> {
+    let args = &settings.args;
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let threads = args.threads.unwrap_or(cores);
+    ensure!(threads > 0, "--threads is 0; accepted: 1 or more");
+    let compute = match args.compute {
+        ComputeArg::Bf16 => Compute::Bf16,
+        ComputeArg::F32 => Compute::F32,
+    };
+    let dir = settings.model_dir.display();
+    let model = Model::load(&settings.model_dir, &LoadOptions::new(compute, threads))
+        .with_context(|| format!("the model in {dir} cannot be served"))?;
+    let engine = NativeEngine::start(&model, &engine_config(settings)?)
+        .with_context(|| format!("the engine for the model in {dir} cannot be started"))?;
+    Ok(engine)
+}
+
+/// A timing model with the vocabulary of the checkpoint, so that its tokens are text.
+fn mock(settings: &Settings) -> anyhow::Result<Arc<dyn Engine>> {
+    let args = &settings.args;
+    let dir = settings.model_dir.display();
+    let parameters = ModelConfig::read(&settings.model_dir)
+        .with_context(|| format!("the model in {dir} cannot be imitated"))?;
+    let tokens = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    let config = MockConfig {
+        engine: engine_config(settings)?,
+        model: MockModel {
+            vocab_size: tokens(parameters.vocab_size),
+            context_tokens_max: tokens(parameters.context_tokens_max),
+            eos_token_ids: parameters.eos_token_ids,
+            ..MockModel::default()
+        },
+        timing: MockTiming {
+            prefill_tokens_per_second: args.mock_prefill_tokens_per_s,
+            decode_tokens_per_second: args.mock_decode_tokens_per_s,
+            speed_up: args.mock_speedup,
+            ..MockTiming::default()
+        },
+    };
+    let engine = MockEngine::start(config).context("the mock engine cannot be started")?;
+    Ok(Arc::new(engine))
+}
+
+/// What does not depend on the model.
+fn engine_config(settings: &Settings) -> anyhow::Result<NativeConfig> {
+    let args = &settings.args;
+    let name = settings.model_name.clone();
+    let mut config = NativeConfig::new(name, settings.role, settings.agent.clone());
+    config.block_tokens = args.block_size;
+    config.pool = pool_size(args)?;
+    config.dp_size = args.data_parallel_size;
+    config.prefix_caching = !args.no_prefix_caching;
+    config.scheduler = SchedulerConfig {
+        max_running: args.max_num_seqs,
+        max_waiting: args.max_waiting,
+        max_batch_tokens: args.max_num_batched_tokens,
+        ..SchedulerConfig::default()
+    };
+    config.handoff = handoff(settings);
+    Ok(config)
+}
+
+fn pool_size(args: &WorkerArgs) -> anyhow::Result<PoolSize> {
+    if let Some(blocks) = args.blocks {
+        return Ok(PoolSize::Blocks(blocks));
+    }
+    let gb = args.kv_gb;
+    ensure!(
+        gb.is_finite() && gb > 0.0,
+        "--kv-gb is {gb}; accepted: more than 0, in GB (10^9 bytes)"
+    );
+    let bytes = gb * 1e9 / f64::from(args.data_parallel_size);
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "positive, and saturating is right for more memory than there can be"
+    )]
+    Ok(PoolSize::Bytes(bytes as u64))
+}
+
+fn handoff(settings: &Settings) -> Option<HandoffConfig> {
+    if settings.role == WorkerRole::Aggregated {
+        return None;
+    }
+    let mut config = HandoffConfig::new(settings.runtime.clone());
+    config.remote_prefill = settings
+        .remote
+        .clone()
+        .map(|remote| remote as Arc<dyn RemotePrefill>);
+    config.remote_prefill_min_tokens = settings.args.remote_prefill_min_tokens;
+    Some(config)
+}

@@ -1,0 +1,10 @@
+//! Where the parts meet: engines behind RPC, RPC behind the router, the router behind HTTP.
+
+pub(crate) mod descriptor;
+pub(crate) mod engines;
+pub(crate) mod fleet;
+pub(crate) mod handlers;
+pub(crate) mod prefill;
+pub(crate) mod service;
+#[cfg(test)]
+mod tests;
