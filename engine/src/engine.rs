@@ -84,7 +84,7 @@ pub enum Health {
     Ready,
     /// It finishes what runs and takes nothing new.
     Draining,
-    /// It has ended.
+    /// It has finished what ran when it was told to leave.
     Stopped,
     /// It should work and does not.
     Unhealthy {

@@ -14,8 +14,8 @@ use blockplane_engine::{
     ops::Compute,
 };
 use blockplane_protocol::{
-    GenerateError, GenerateRequest, PrefillHint, PrefillJob, PrefillReply, RequestId, RouteHints,
-    SamplingParams, StopConditions, TokenId, TokenOutput, Usage, WorkerId, WorkerRole,
+    DpRank, GenerateError, GenerateRequest, PrefillHint, PrefillJob, PrefillReply, RequestId,
+    RouteHints, SamplingParams, StopConditions, TokenId, TokenOutput, Usage, WorkerId, WorkerRole,
 };
 use blockplane_transfer::{Agent, AgentConfig, Lane};
 use futures::{
@@ -158,7 +158,7 @@ fn greedy(prompt: &[TokenId], max_tokens: usize) -> GenerateRequest {
         route: RouteHints {
             prefill: vec![PrefillHint {
                 worker: WorkerId(1),
-                rank: Default::default(),
+                rank: DpRank(0),
                 overlap_blocks: 0,
             }],
             ..RouteHints::default()
@@ -211,7 +211,12 @@ async fn greedy_tokens_are_those_of_transformers_aggregated() {
             .start(&fixture.model);
             // The second round finds the prompts in the cache.
             for round in 0..2 {
-                check(&engine, &fixture, &format!("{name}, chunks of {chunk}, {round}")).await;
+                check(
+                    &engine,
+                    &fixture,
+                    &format!("{name}, chunks of {chunk}, {round}"),
+                )
+                .await;
             }
             assert!(engine.load()[0].cached_tokens_total > 0);
         }
@@ -245,7 +250,10 @@ async fn greedy_tokens_are_those_of_transformers_disaggregated() {
         for lane in LANES {
             let engine = disaggregated(&fixture.model, lane, 16);
             check(&engine, &fixture, &format!("{name} over {lane}")).await;
-            assert!(engine.load()[0].transfer_bytes_total > 0, "{name} over {lane}");
+            assert!(
+                engine.load()[0].transfer_bytes_total > 0,
+                "{name} over {lane}"
+            );
         }
     }
 }
@@ -310,7 +318,7 @@ async fn the_sampler_goes_on_where_the_prefill_worker_stopped() {
         let (tokens, usage) = run(&disaggregated, request).await;
         assert_eq!(tokens, expected);
         assert_eq!(tokens[0].top.len(), 3);
-        let long = prompt.len() as u32 - usage.cached_tokens >= 9;
+        let long = prompt.len() - usage.cached_tokens as usize >= 9;
         assert_eq!(usage.remote_prefill_tokens > 0, long);
     }
 }

@@ -127,6 +127,10 @@ impl Task {
                     windows,
                 } => {
                     self.post(HandoffEvent::Prefilled(done));
+                    // From here on the engine thread frees the blocks itself. What it gave away at
+                    // this very moment is freed here.
+                    self.given_up.close();
+                    drop(self.given_up.try_recv());
                     // Let the prefill worker finish its side: dropping the call would cancel it.
                     if let Some(call) = call {
                         let _ = timeout(self.handoff.config.notification_timeout, call).await;

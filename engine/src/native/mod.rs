@@ -263,10 +263,12 @@ impl Engine for NativeEngine {
                 return Health::Unhealthy { reason };
             }
         }
-        if self.draining.load(Ordering::Acquire) {
+        if !self.draining.load(Ordering::Acquire) {
+            Health::Ready
+        } else if self.ranks.iter().any(|rank| rank.live() > 0) {
             Health::Draining
         } else {
-            Health::Ready
+            Health::Stopped
         }
     }
 }

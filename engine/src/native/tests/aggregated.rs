@@ -176,6 +176,7 @@ async fn draining_finishes_what_runs_and_takes_nothing_new() {
     assert_eq!(error.kind, ErrorKind::WorkerLost);
     drop(go);
     drained.await;
+    assert_eq!(engine.health(), Health::Stopped);
     let frames: Vec<_> = stream.collect().await;
     let tokens: Vec<_> = frames
         .into_iter()

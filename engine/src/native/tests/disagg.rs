@@ -5,6 +5,10 @@ use futures::future::join_all;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
 use super::*;
+use crate::{
+    disagg::HandoffEvent,
+    scheduler::{SequenceBlocks, SequenceId},
+};
 
 const LANES: [Lane; 3] = [Lane::Loopback, Lane::Shm, Lane::Tcp];
 
@@ -318,6 +322,81 @@ async fn a_prefill_worker_that_is_too_slow_writes_nothing_after_it_was_given_up(
             assert_eq!(again.tokens, fake::reference(prompt, 30), "{lane}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn layers_are_sent_while_later_ones_are_computed() {
+    for lane in LANES {
+        let (go, wait) = mpsc::channel::<()>();
+        let wait = Mutex::new(wait);
+        let hook: Hook = Arc::new(move |layer, _| {
+            if layer.0 == 1 {
+                let _ = wait.lock().recv();
+            }
+        });
+        let slow = Setup {
+            hook: Some(hook),
+            ..Setup::default()
+        };
+        let pair = pair(lane, vec![slow], Setup::default());
+        let prompt = prompt(0, 12, 0);
+        let mut stream = pair
+            .decode
+            .generate(via(request(&prompt, 4), &[1]))
+            .unwrap();
+        // The engine is held in layer 1 of the only chunk; layer 0 of its 3 blocks arrives.
+        let agent = pair.prefill[0].handoff.as_ref().unwrap().agent();
+        let bytes = 3 * fake::layout().layer_bytes() as u64;
+        eventually("layer 0 was sent", || agent.stats().bytes_done == bytes).await;
+        drop(go);
+        let frame = stream.next().await.unwrap().unwrap();
+        assert_eq!(frame.tokens[0].id, fake::reference(&prompt, 1)[0], "{lane}");
+        drop(stream);
+        pair.all_blocks_back().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_whose_blocks_are_stuck_goes_on_in_others() {
+    let (hook, go) = brake();
+    let slow = Setup {
+        hook: Some(hook),
+        ..Setup::default()
+    };
+    let pair = pair(Lane::Shm, vec![slow], Setup::default());
+    let prompt = prompt(0, 40, 0);
+    let mut stream = pair
+        .decode
+        .generate(via(request(&prompt, 8), &[1]))
+        .unwrap();
+    eventually("the job was sent", || pair.direct.calls() == 1).await;
+    // What the task says when a peer that maps the memory does not let go of it.
+    let stuck = HandoffEvent::PrefillStuck(GenerateError::new(ErrorKind::WorkerLost, "planted"));
+    let mailbox = &pair.decode.ranks[0].mailbox;
+    mailbox.post(Command::Handoff(SequenceId(0), stuck));
+    let mut tokens = Vec::new();
+    while let Some(frame) = stream.next().await {
+        tokens.extend(frame.unwrap().tokens.iter().map(|token| token.id));
+    }
+    assert_eq!(tokens, fake::reference(&prompt, 8));
+    assert_eq!(pair.decode.load()[0].prefill_tokens_total, 40);
+    drop(go);
+    pair.all_blocks_back().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blocks_set_aside_count_as_quarantined_until_they_are_let_go() {
+    let engine = Setup::default().start("aside");
+    let rank = &engine.ranks[0];
+    let blocks = SequenceBlocks {
+        shared: Vec::new(),
+        owned: rank.pool.allocate(5).unwrap(),
+    };
+    let quarantine = HeldBlocks::new(blocks, Arc::clone(rank)).quarantine();
+    assert_eq!(engine.load()[0].blocks_quarantined, 5);
+    drop(quarantine);
+    assert_eq!(engine.load()[0].blocks_quarantined, 0);
+    assert_eq!(rank.pool.stats().free, rank.pool.stats().total);
 }
 
 #[tokio::test(flavor = "multi_thread")]

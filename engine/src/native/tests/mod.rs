@@ -244,7 +244,8 @@ fn stats(engine: &NativeEngine) -> Vec<PoolStats> {
 async fn eventually(what: &str, condition: impl Fn() -> bool) {
     let wait = async {
         while !condition() {
-            tokio::task::yield_now().await;
+            // Other threads need the processor to bring it about.
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
     let result = tokio::time::timeout(Duration::from_secs(20), wait).await;
