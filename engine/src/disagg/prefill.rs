@@ -375,10 +375,8 @@ impl PrefillRun {
         if let Some(error) = self.failed.take() {
             return Err(error);
         }
-        while let Some(mut transfer) = self.transfers.pop() {
-            if let Err(error) = (&mut transfer).await {
-                return Err(lost_peer(&error));
-            }
+        while let Some(transfer) = self.transfers.pop() {
+            transfer.await.map_err(|error| lost_peer(&error))?;
         }
         let last = self.last.take().ok_or_else(|| {
             GenerateError::new(ErrorKind::Internal, "the last layer was not computed")
