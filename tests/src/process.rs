@@ -27,9 +27,22 @@ pub struct Process {
 
 #[derive(Default)]
 struct Log {
-    lines: Mutex<Vec<String>>,
+    text: Mutex<Text>,
     grown: Condvar,
 }
+
+#[derive(Default)]
+struct Text {
+    lines: Vec<String>,
+    /// Pipes that have reached their end.
+    closed: usize,
+}
+
+/// Standard output and standard error.
+const PIPES: usize = 2;
+/// How long the rest of a log may take after the end of its process. It only takes longer when a child
+/// of the process still holds the pipe.
+const REST: Duration = Duration::from_secs(2);
 
 impl Process {
     /// Starts `binary` with `arguments` and the environment `variables` added to ours.
@@ -90,7 +103,7 @@ impl Process {
         send(self.pid(), signal)
     }
 
-    /// Waits for the end of the process.
+    /// Waits for the end of the process, and for the rest of its log.
     ///
     /// # Errors
     /// It is still there after `limit`.
@@ -104,6 +117,9 @@ impl Process {
             }
         })?;
         self.ended = true;
+        let end = Instant::now() + REST;
+        let mut text = self.log.text.lock();
+        while text.closed < PIPES && !self.log.grown.wait_until(&mut text, end).timed_out() {}
         Ok(status)
     }
 
@@ -116,7 +132,7 @@ impl Process {
     /// Everything it wrote so far, standard output and error together, line by line.
     #[must_use]
     pub fn log(&self) -> Vec<String> {
-        self.log.lines.lock().clone()
+        self.log.text.lock().lines.clone()
     }
 
     /// Waits for a line that holds `text` and returns it.
@@ -125,12 +141,12 @@ impl Process {
     /// There is none after `limit`.
     pub fn wait_for_line(&self, text: &str, limit: Duration) -> Result<String> {
         let end = Instant::now() + limit;
-        let mut lines = self.log.lines.lock();
+        let mut log = self.log.text.lock();
         loop {
-            if let Some(line) = lines.iter().find(|line| line.contains(text)) {
+            if let Some(line) = log.lines.iter().find(|line| line.contains(text)) {
                 return Ok(line.clone());
             }
-            if self.log.grown.wait_until(&mut lines, end).timed_out() {
+            if self.log.grown.wait_until(&mut log, end).timed_out() {
                 bail!("{} wrote no line with {text:?} within {limit:?}", self.name);
             }
         }
@@ -159,10 +175,12 @@ impl Log {
         let mut line = Vec::new();
         while source.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
             let text = String::from_utf8_lossy(&line).trim_end().to_owned();
-            self.lines.lock().push(text);
+            self.text.lock().lines.push(text);
             self.grown.notify_all();
             line.clear();
         }
+        self.text.lock().closed += 1;
+        self.grown.notify_all();
     }
 }
 

@@ -76,7 +76,10 @@ const CASES: &[Case] = &[
     ),
     (
         "a layer too many",
-        |folder| in_config(folder, "num_hidden_layers", &json!(3)),
+        |folder| {
+            in_config(folder, "num_hidden_layers", &json!(3))?;
+            in_config(folder, "layer_types", &json!(vec!["full_attention"; 3]))
+        },
         &["layers.2"],
     ),
     (

@@ -46,7 +46,7 @@ fn prefill_worker_during_prefill() -> Result<()> {
 fn prefill_worker_at_a_random_moment() -> Result<()> {
     let mut scene = Scene::new(&[Role::Prefill, Role::Decode], "shm,tcp")?;
     for round in 0..6 {
-        let bodies = streams(100 + round, 6, 900, 8);
+        let bodies = streams(100 + round, 6, 2500, 8);
         let running = scene.start(bodies.clone());
         // A different part of the streams has begun each time.
         running.wait_some_begun(usize::try_from(round % 4)?)?;

@@ -12,7 +12,7 @@ fn prefill_worker_during_prefill() -> Result<()> {
     for lane in ["shm", "tcp"] {
         eprintln!("lane {lane}");
         let mut scene = Scene::new(&[Role::Prefill, Role::Decode], lane)?;
-        let bodies = streams(21, 4, 900, 16);
+        let bodies = streams(21, 8, 3000, 16);
         let running = scene.start(bodies.clone());
         scene.wait_busy(Role::Prefill)?;
         let stopped = scene.cluster.signal(Role::Prefill, Signal::STOP)?;
@@ -21,7 +21,7 @@ fn prefill_worker_during_prefill() -> Result<()> {
         scene.wait_workers(Role::Prefill, 1)?;
         let reference = scene.reference(&bodies)?;
         let served = outcome.check(&reference)?;
-        ensure!(served == 4, "{served} of 4 were served");
+        ensure!(served == 8, "{served} of 8 were served");
         scene.end()?;
     }
     Ok(())
@@ -50,7 +50,7 @@ fn decode_worker_during_decode() -> Result<()> {
 #[test]
 fn both_sides_of_a_hand_off() -> Result<()> {
     let mut scene = Scene::new(&[Role::Prefill, Role::Decode], "shm,tcp")?;
-    let bodies = streams(23, 4, 900, 16);
+    let bodies = streams(23, 8, 3000, 16);
     let running = scene.start(bodies.clone());
     scene.wait_busy(Role::Prefill)?;
     let prefill = scene.cluster.signal(Role::Prefill, Signal::STOP)?;
