@@ -184,7 +184,7 @@ impl Deployment {
     }
 
     fn expand(&self, node: &Node, role: &Role, out: &mut Vec<ProcessSpec>) -> anyhow::Result<()> {
-        let base = role.name.as_deref().unwrap_or(role.kind_name());
+        let base = role.name.as_deref().unwrap_or_else(|| role.kind_name());
         if role.role == RoleKind::Frontend && role.count > 1 && role.http_port != Some(0) {
             bail!(
                 "{} frontends cannot share one port; give each its own role entry",
@@ -231,7 +231,7 @@ impl Deployment {
         flag(
             &mut argv,
             "--router-mode",
-            role.router_mode.map(value_name).as_ref(),
+            role.router_mode.as_ref().map(value_name).as_ref(),
         );
         flag(&mut argv, "--seed", role.seed.as_ref());
         Ok(argv)
@@ -252,7 +252,7 @@ impl Deployment {
             .as_ref()
             .or(self.model.as_ref())
             .map(|path| path.display());
-        let lanes: Vec<String> = role.lanes.iter().copied().map(value_name).collect();
+        let lanes: Vec<String> = role.lanes.iter().map(value_name).collect();
         let mut argv = vec!["worker".to_owned()];
         flag(&mut argv, "--role", Some(&kind));
         flag(&mut argv, "--endpoint", Some(&endpoint));
@@ -264,11 +264,15 @@ impl Deployment {
             "--served-model-name",
             self.served_model_name.as_ref(),
         );
-        flag(&mut argv, "--engine", role.engine.map(value_name).as_ref());
+        flag(
+            &mut argv,
+            "--engine",
+            role.engine.as_ref().map(value_name).as_ref(),
+        );
         flag(
             &mut argv,
             "--compute",
-            role.compute.map(value_name).as_ref(),
+            role.compute.as_ref().map(value_name).as_ref(),
         );
         flag(&mut argv, "--threads", role.threads.as_ref());
         flag(&mut argv, "--block-size", role.block_size.as_ref());
@@ -329,7 +333,7 @@ fn flag<T: ToString>(argv: &mut Vec<String>, name: &str, value: Option<&T>) {
 }
 
 /// The name of a value on the command line.
-fn value_name<T: ValueEnum>(value: T) -> String {
+fn value_name<T: ValueEnum>(value: &T) -> String {
     value
         .to_possible_value()
         .map(|value| value.get_name().to_owned())

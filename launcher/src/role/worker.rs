@@ -139,7 +139,12 @@ impl Identity {
             Some(dir) => dir
                 .canonicalize()
                 .with_context(|| format!("model directory {} cannot be opened", dir.display()))?,
-            None => bundled::unpack(args.discovery.discovery.parent().unwrap_or(Path::new(".")))?,
+            None => bundled::unpack(
+                args.discovery
+                    .discovery
+                    .parent()
+                    .unwrap_or_else(|| Path::new(".")),
+            )?,
         };
         let model_name = match &args.served_model_name {
             Some(name) => name.clone(),

@@ -73,6 +73,7 @@ impl ModelService for RoutedService {
             excluded: Vec::new(),
             produced: Vec::new(),
             leg: None,
+            lost: None,
             ended: false,
         };
         let first = run.next().await.unwrap_or_else(|| Err(ended_early()))?;
@@ -127,6 +128,8 @@ struct Run {
     /// Tokens that went to the client.
     produced: Vec<TokenId>,
     leg: Option<Leg>,
+    /// Why the last worker does not have the request any more.
+    lost: Option<GenerateError>,
     ended: bool,
 }
 
@@ -153,6 +156,11 @@ impl Run {
                     }
                     return Some(Ok(frame));
                 }
+                Err((None, error)) if let Some(lost) = self.lost.take() => {
+                    self.ended = true;
+                    let message = format!("{lost}; no other worker takes the request: {error}");
+                    return Some(Err(GenerateError::new(lost.kind, message)));
+                }
                 Err((failed, error)) => {
                     self.leg = None;
                     if !self.may_go_on(&error) {
@@ -167,6 +175,7 @@ impl Run {
                     );
                     self.migrations_left -= 1;
                     self.excluded.extend(failed);
+                    self.lost = Some(error);
                 }
             }
         }
