@@ -175,8 +175,8 @@ impl Client {
         }
     }
 
-    /// Writes `request` to a new connection as it is and reads what comes back, whether or not the
-    /// server took all of it.
+    /// Writes `request` to a new connection as it is and reads what comes back until the server closes,
+    /// whether or not the server took all of it. Our side stays open.
     ///
     /// # Errors
     /// No HTTP answer within `limit`.
@@ -188,9 +188,7 @@ impl Client {
         let (head, body) = std::thread::scope(|scope| {
             scope.spawn(|| {
                 // A server may answer and close before it has read everything.
-                if stream.write_all(request).is_ok() {
-                    stream.shutdown(Shutdown::Write).ok();
-                }
+                stream.write_all(request).ok();
             });
             let mut bytes = Vec::new();
             let mut piece = [0; 4096];

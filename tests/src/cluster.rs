@@ -122,7 +122,7 @@ impl ClusterBuilder {
         self
     }
 
-    /// Starts `blockplane up` and waits until it serves.
+    /// Starts `blockplane up` and waits until it serves and all of its workers are known.
     ///
     /// # Errors
     /// It does not start, or is not ready within [`START`].
@@ -139,7 +139,12 @@ impl ClusterBuilder {
         arguments.extend(cluster.builder.arguments.iter().cloned());
         let up = cluster.start("up", &arguments)?;
         cluster.members.push((Role::Frontend, up));
-        cluster.wait_ready("`blockplane up` to serve", |_| true)?;
+        let mark = cluster.mark.clone();
+        cluster.wait_ready("`blockplane up` to serve", |health| {
+            let workers = [Role::Prefill, Role::Decode, Role::Aggregated]
+                .map(|role| with_role(&mark, role).len());
+            health.workers.len() == workers.iter().sum::<usize>()
+        })?;
         Ok(cluster)
     }
 
@@ -311,15 +316,7 @@ impl Cluster {
     /// The processes of this role, also those that `up` or `launch` started, by ascending id.
     #[must_use]
     pub fn processes(&self, role: Role) -> Vec<Entry> {
-        let mut entries = proc_table::marked(&self.mark);
-        entries.retain(|entry| match role {
-            Role::Frontend => entry.arguments.get(1).is_some_and(|a| a == "frontend"),
-            Role::Prefill | Role::Decode | Role::Aggregated => {
-                entry.arguments.get(1).is_some_and(|a| a == "worker")
-                    && entry.has_option("--role", role.name())
-            }
-        });
-        entries
+        with_role(&self.mark, role)
     }
 
     /// Every process of this cluster.
@@ -462,6 +459,18 @@ impl Drop for Cluster {
             }
         }
     }
+}
+
+fn with_role(mark: &str, role: Role) -> Vec<Entry> {
+    let mut entries = proc_table::marked(mark);
+    entries.retain(|entry| match role {
+        Role::Frontend => entry.arguments.get(1).is_some_and(|a| a == "frontend"),
+        Role::Prefill | Role::Decode | Role::Aggregated => {
+            entry.arguments.get(1).is_some_and(|a| a == "worker")
+                && entry.has_option("--role", role.name())
+        }
+    });
+    entries
 }
 
 /// A port of the loopback interface that nobody listens on now.

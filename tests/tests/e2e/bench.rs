@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use blockplane_tests::{Cluster, ClusterBuilder};
+use blockplane_tests::{Cluster, ClusterBuilder, health::Health, wait};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -94,14 +94,17 @@ fn serve() -> Result<()> {
         }),
         "{records:?}"
     );
-    let health = blockplane_tests::health::Health::read(&cluster.client())?;
-    let tokens: u64 = health
-        .workers
-        .iter()
-        .flat_map(|worker| &worker.load)
-        .map(|load| load.decode_tokens_total)
-        .sum();
-    // The first token of each answer may count as one of prefill.
-    ensure!(tokens >= 8 * 15, "{tokens} tokens: {health:?}");
+    let client = cluster.client();
+    // Load reports follow the work. The first token of each answer may count as one of prefill.
+    wait::until("the tokens in the load reports", LIMIT, || {
+        let health = Health::read(&client).map_err(|error| format!("{error:#}"))?;
+        let loads = health.workers.iter().flat_map(|worker| &worker.load);
+        let tokens: u64 = loads.map(|load| load.decode_tokens_total).sum();
+        if tokens >= 8 * 15 {
+            Ok(())
+        } else {
+            Err(format!("{health:?}"))
+        }
+    })?;
     cluster.stop()
 }
