@@ -103,7 +103,7 @@ fn measure(lane: Lane) {
     );
     let region = keep
         .as_ref()
-        .map_or(metadata.regions()[0].id, |(region, _)| region.id());
+        .map_or_else(|| metadata.regions()[0].id, |(region, _)| region.id());
     for op in [Op::Write, Op::Read] {
         for (block, count) in [
             (4 << 10, 1u32),

@@ -1,4 +1,104 @@
-//! The data plane of blockplane: moves blocks of memory between agents.
+//! The data plane of blockplane: moves blocks of memory between agents, in one process, on one host
+//! or over a network.
+//!
+//! Depend on this crate to place bytes into a peer's memory and to know when they are there. It
+//! knows bytes, strides and peers. It does not know tokens, layers of a model or who should talk to
+//! whom: `kvbm` turns KV layouts into [`BlockLayout`]s, and metadata travels by whatever means the
+//! caller has.
+//!
+//! # The path of a transfer
+//!
+//! An [`Agent`] owns memory as [`Registration`]s and gives out [`Metadata`]. Another agent
+//! [connects](Agent::connect) with it, [prepares](Agent::prepare) an operation on *block sets* (a
+//! layout, block ids, a range of layers; they stay that small up to the wire), and
+//! [posts](Prepared::post) it as often as it likes. The [`Transfer`] can be polled, waited for,
+//! awaited, cancelled, and has a deadline; a notification bound to it reaches the peer after its
+//! bytes.
+//!
+//! ```
+//! use std::time::Duration;
+//!
+//! use blockplane_transfer::{
+//!     Agent, AgentConfig, ArenaConfig, BlockLayout, LocalBlocks, Op, PostOptions, RemoteBlocks,
+//! };
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let timeout = Duration::from_secs(5);
+//! let prefill = Agent::new(AgentConfig::new("prefill"))?;
+//! let decode = Agent::new(AgentConfig::new("decode"))?;
+//!
+//! // Eight blocks of 4 KiB on each side.
+//! let layout = BlockLayout::contiguous(8, 4096);
+//! let source = prefill.allocate(ArenaConfig::new(8 * 4096, "source"))?;
+//! let target = decode.allocate(ArenaConfig::new(8 * 4096, "target"))?;
+//! source.write_at(2 * 4096, b"block two")?;
+//!
+//! // The metadata travels as bytes, by any means.
+//! let blob = decode.metadata().to_bytes();
+//! let metadata = blockplane_transfer::Metadata::from_bytes(&blob)?;
+//! let peer = prefill.connect(&metadata, timeout)?;
+//!
+//! // Blocks 2 and 5 here become blocks 7 and 0 there.
+//! let local = LocalBlocks { registration: &source, layout, ids: [2, 5].into(), layers: 0..1 };
+//! let remote = RemoteBlocks {
+//!     peer: &peer,
+//!     region: target.id(),
+//!     layout,
+//!     ids: [7, 0].into(),
+//!     layers: 0..1,
+//!     window: None,
+//! };
+//! let prepared = prefill.prepare(Op::Write, local, remote)?;
+//! let transfer = prepared.post(PostOptions::within(timeout).notify("blocks are there"))?;
+//! transfer.wait(timeout)?;
+//!
+//! let note = decode.notifications().recv_timeout(timeout)?;
+//! assert_eq!((&*note.from, &note.payload[..]), ("prefill", &b"blocks are there"[..]));
+//! let mut bytes = [0; 9];
+//! target.read_at(7 * 4096, &mut bytes)?;
+//! assert_eq!(&bytes, b"block two");
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What can be relied on
+//!
+//! * Memory that a transfer names stays registered and mapped until no byte of it moves, whatever
+//!   is dropped before.
+//! * Once a transfer reports an error, it neither reads nor writes local memory any more.
+//! * A notification is delivered after all bytes of its transfer, and notifications to one peer are
+//!   delivered in the order in which they were posted.
+//! * [`Window::close`] returns `Ok` only when no further byte can land through the window.
+//! * A lost peer is noticed at once when its connection or process ends, and after
+//!   [`AgentConfig::peer_loss_timeout`] when it is silent: stopped, cut off, or starved. Everything
+//!   in flight then fails with [`TransferError::PeerLost`], and so does everything later, until the
+//!   next [`Agent::connect`].
+//! * Every wait has a deadline and every queue a bound; what comes from the network is checked
+//!   before it is believed and allocates nothing beyond a limit.
+//! * An agent without work uses no CPU beside its heartbeats: its threads are parked.
+//!
+//! # Lanes
+//!
+//! [`Peer::lane`] says which lane a connection uses and why, [`Prepared::plan`] how one operation is
+//! going to run. [`Lane::Loopback`] reaches agents of this process and [`Lane::Shm`] processes of
+//! this host, both by one memcpy between mappings; [`Lane::Tcp`] reaches the rest. On the shm lane
+//! everybody with access to the socket (the same user) is trusted to stay within the windows it was
+//! given: a mapping cannot be revoked block by block. Over tcp the owner of the memory checks.
+//!
+//! # Threads and cancellation
+//!
+//! There is no async runtime here: an agent runs one timer thread, a few copy workers and a few
+//! socket threads. Futures of this crate work in any executor and lose nothing when dropped, except
+//! that dropping a [`Transfer`] cancels it ([`Transfer::detach`] does not).
+//!
+//! # Lab
+//!
+//! * `RUSTFLAGS="--cfg loom" cargo test -p blockplane-transfer --lib --release loom` checks the
+//!   lock-free part of a transfer.
+//! * `RUSTFLAGS=-Zsanitizer=address cargo +nightly test -p blockplane-transfer --target
+//!   x86_64-unknown-linux-gnu --test transfer shm` runs the shm lane, processes included, under
+//!   AddressSanitizer.
+//! * `cargo run --release -p blockplane-transfer --example lanes` measures every lane.
 
 mod agent;
 mod backend;

@@ -140,41 +140,86 @@ mod tests {
 /// Run with `RUSTFLAGS="--cfg loom" cargo test -p blockplane-transfer --lib --release loom`.
 #[cfg(all(test, loom))]
 mod loom_tests {
+    use loom::cell::UnsafeCell;
     use loom::sync::Arc;
     use loom::sync::atomic::{AtomicU64, Ordering};
     use loom::thread;
 
     use super::*;
 
-    /// Two workers copy parts while a third thread cancels: one report that nothing is left, and
-    /// no part is touched after it.
-    #[test]
-    fn loom_cancel_races_with_workers() {
-        loom::model(|| {
-            let gate = Arc::new(Gate::new(2));
-            let working = Arc::new(AtomicU64::new(0));
-            let reports = Arc::new(AtomicU64::new(0));
-            let worker = |gate: Arc<Gate>, working: Arc<AtomicU64>, reports: Arc<AtomicU64>| {
-                move || {
-                    while gate.claim().is_some() {
-                        working.fetch_add(1, Ordering::Relaxed);
-                        working.fetch_sub(1, Ordering::Relaxed);
-                        if gate.finish() {
-                            assert_eq!(working.load(Ordering::Relaxed), 0);
-                            reports.fetch_add(1, Ordering::Relaxed);
-                        }
-                    }
+    /// Stands for the bytes of the two parts: loom reports any access that is not ordered.
+    struct Shared {
+        gate: Gate,
+        bytes: [UnsafeCell<u32>; 2],
+        reports: AtomicU64,
+    }
+
+    impl Shared {
+        fn new() -> Arc<Self> {
+            Arc::new(Self {
+                gate: Gate::new(2),
+                bytes: [UnsafeCell::new(0), UnsafeCell::new(0)],
+                reports: AtomicU64::new(0),
+            })
+        }
+
+        fn work(&self) {
+            while let Some(part) = self.gate.claim() {
+                // SAFETY: what the model checks: a claimed part belongs to one thread.
+                self.bytes[part as usize].with_mut(|bytes| unsafe { *bytes += 1 });
+                if self.gate.finish() {
+                    self.quiet();
                 }
-            };
-            let a = thread::spawn(worker(gate.clone(), working.clone(), reports.clone()));
-            let b = thread::spawn(worker(gate.clone(), working.clone(), reports.clone()));
-            if gate.stop() {
-                assert_eq!(working.load(Ordering::Relaxed), 0);
-                reports.fetch_add(1, Ordering::Relaxed);
             }
-            a.join().unwrap();
-            b.join().unwrap();
-            assert_eq!(reports.load(Ordering::Relaxed), 1);
+        }
+
+        /// Nothing is left: the bytes have another owner.
+        fn quiet(&self) {
+            for bytes in &self.bytes {
+                // SAFETY: what the model checks: nobody works on a part any more.
+                bytes.with_mut(|bytes| unsafe { *bytes += 10 });
+            }
+            self.reports.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn model(run: impl Fn() + Sync + Send + 'static) {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3);
+        model.check(run);
+    }
+
+    #[test]
+    fn loom_cancel_races_with_a_worker() {
+        model(|| {
+            let shared = Shared::new();
+            let worker = {
+                let shared = shared.clone();
+                thread::spawn(move || shared.work())
+            };
+            if shared.gate.stop() {
+                shared.quiet();
+            }
+            worker.join().unwrap();
+            assert_eq!(shared.reports.load(Ordering::Relaxed), 1);
+        });
+    }
+
+    #[test]
+    fn loom_two_workers_share_the_parts() {
+        model(|| {
+            let shared = Shared::new();
+            let worker = {
+                let shared = shared.clone();
+                thread::spawn(move || shared.work())
+            };
+            shared.work();
+            worker.join().unwrap();
+            assert_eq!(shared.reports.load(Ordering::Relaxed), 1);
+            for bytes in &shared.bytes {
+                // SAFETY: both threads are done.
+                bytes.with(|bytes| assert_eq!(unsafe { *bytes }, 11));
+            }
         });
     }
 }

@@ -9,6 +9,8 @@ mod control;
 mod data;
 mod frame;
 mod handshake;
+#[cfg(test)]
+mod hostile;
 mod incoming;
 mod listen;
 mod reactor;

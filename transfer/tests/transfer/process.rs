@@ -119,20 +119,26 @@ fn other_process() {
         .iter()
         .map(|b| format!("{b:02x}"))
         .collect();
-    println!("metadata {hex}");
+    say(&format!("metadata {hex}"));
     let mut command = String::new();
     while lines.read_line(&mut command).unwrap() > 0 {
         match command.trim().split_once(' ') {
-            Some(("sum", _)) => println!(
-                "sum {}",
-                bytes(&region).iter().map(|b| u64::from(*b)).sum::<u64>()
-            ),
+            Some(("sum", _)) => {
+                let sum: u64 = bytes(&region).iter().map(|b| u64::from(*b)).sum();
+                say(&format!("sum {sum}"));
+            }
             // Connect back and keep writing through a window until told otherwise.
             Some(("write", rest)) => write_for_ever(&agent, rest),
             _ => {}
         }
         command.clear();
     }
+}
+
+/// Tells the test that started this process.
+fn say(what: &str) {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{what}").and_then(|()| out.flush()).unwrap();
 }
 
 fn write_for_ever(agent: &Agent, rest: &str) {
@@ -157,13 +163,13 @@ fn write_for_ever(agent: &Agent, rest: &str) {
             side.remote(&peer, metadata.regions()[0].id, Some(window)),
         )
         .unwrap();
-    println!("writing now");
+    say("writing now");
     while let Ok(transfer) = prepared.post(PostOptions::within(WAIT)) {
         if transfer.wait(WAIT).is_err() {
             break;
         }
     }
-    println!("stopped now");
+    say("stopped now");
 }
 
 impl Blocks {
