@@ -141,9 +141,9 @@ impl ClusterBuilder {
         cluster.members.push((Role::Frontend, up));
         let mark = cluster.mark.clone();
         cluster.wait_ready("`blockplane up` to serve", |health| {
-            let workers = [Role::Prefill, Role::Decode, Role::Aggregated]
-                .map(|role| with_role(&mark, role).len());
-            health.workers.len() == workers.iter().sum::<usize>()
+            [Role::Prefill, Role::Decode, Role::Aggregated]
+                .iter()
+                .all(|&role| health.count(role.name()) == with_role(&mark, role).len())
         })?;
         Ok(cluster)
     }

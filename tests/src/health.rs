@@ -1,6 +1,9 @@
 //! What `/health` says, and what must hold of it.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result};
 use blockplane_protocol::LoadReport;
@@ -10,9 +13,12 @@ use crate::{client::Client, wait};
 
 /// Limit of one look at `/health`.
 const LOOK: Duration = Duration::from_secs(5);
+/// How long the same reports must show an idle deployment. Workers report a change of their load within
+/// 250 ms.
+const SETTLED: Duration = Duration::from_secs(1);
 
 /// The body of `/health`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Health {
     /// Whether a request would be served.
     pub ready: bool,
@@ -23,7 +29,7 @@ pub struct Health {
 }
 
 /// A worker in `/health`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Worker {
     /// Its id.
     pub id: String,
@@ -59,10 +65,32 @@ impl Health {
         })
     }
 
-    /// Workers of this role.
+    /// Sizes of the pools, or who still holds what.
+    fn idle_pools(&self) -> Result<Pools, String> {
+        let mut pools = Pools::new();
+        for worker in &self.workers {
+            if worker.load.is_empty() {
+                return Err(format!("no load from {worker:?}"));
+            }
+            for load in &worker.load {
+                let held = load.blocks_active
+                    + load.blocks_quarantined
+                    + load.requests_running
+                    + load.requests_waiting;
+                if held > 0 {
+                    return Err(format!("{} {} {load:?}", worker.role, worker.id));
+                }
+                pools.insert((worker.id.clone(), load.rank.0), load.blocks_total);
+            }
+        }
+        Ok(pools)
+    }
+
+    /// Workers of this role that are ready.
     #[must_use]
     pub fn count(&self, role: &str) -> usize {
-        self.workers.iter().filter(|w| w.role == role).count()
+        let ready = |worker: &&Worker| worker.role == role && worker.state == "ready";
+        self.workers.iter().filter(ready).count()
     }
 }
 
@@ -102,25 +130,26 @@ pub fn wait_ready(
 /// # Errors
 /// A block or a request is still held after `limit`: it is leaked.
 pub fn wait_idle(client: &Client, limit: Duration) -> Result<Pools> {
+    let mut idle: Option<(Instant, Health)> = None;
     wait::until("pools without a block in use", limit, || {
         let health = Health::read(client).map_err(|error| format!("{error:#}"))?;
-        let mut pools = Pools::new();
-        for worker in &health.workers {
-            if worker.load.is_empty() {
-                return Err(format!("no load from {worker:?}"));
+        let pools = match health.idle_pools() {
+            Ok(pools) => pools,
+            Err(reason) => {
+                idle = None;
+                return Err(reason);
             }
-            for load in &worker.load {
-                let held = load.blocks_active
-                    + load.blocks_quarantined
-                    + load.requests_running
-                    + load.requests_waiting;
-                if held > 0 {
-                    return Err(format!("{} {} {load:?}", worker.role, worker.id));
+        };
+        // The reports follow the work, so an idle one may be from before it.
+        match &idle {
+            Some((since, same)) if *same == health => {
+                if since.elapsed() >= SETTLED {
+                    return Ok(pools);
                 }
-                pools.insert((worker.id.clone(), load.rank.0), load.blocks_total);
             }
+            _ => idle = Some((Instant::now(), health)),
         }
-        Ok(pools)
+        Err("idle, and not yet for long enough".to_owned())
     })
 }
 

@@ -98,8 +98,8 @@ fn all_modes_serve_the_same_tokens() -> Result<()> {
             None => first = Some(completions),
             Some(first) => ensure!(*first == completions, "{mode}: {first:?} {completions:?}"),
         }
-        work_is_spread(mode, &Health::read(&client)?)?;
         health::wait_idle(&client, LIMIT)?;
+        work_is_spread(mode, &Health::read(&client)?)?;
         cluster.stop()?;
     }
     Ok(())
