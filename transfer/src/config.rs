@@ -266,8 +266,8 @@ pub enum RemoteAccess {
 
 /// Seeded faults, injected into operations of this agent around whatever lane is used.
 ///
-/// Probabilities are in `0.0..=1.0` and drawn once per operation, in this order: disconnect, loss,
-/// delay. The same seed and the same order of posts give the same faults.
+/// Faults hit operations that move bytes; standalone notifications pass. Probabilities are in
+/// `0.0..=1.0` and drawn once per operation, in this order: disconnect, loss, delay. The same seed and the same order of posts give the same faults.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FaultConfig {
     /// Seed of the generator.

@@ -102,6 +102,7 @@
 
 mod agent;
 mod backend;
+mod clock;
 mod config;
 mod error;
 mod memory;

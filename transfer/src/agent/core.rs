@@ -10,6 +10,7 @@ use parking_lot::{Mutex, RwLock};
 
 use super::{CopyPool, LaneChoice, Peer, Session, Timers};
 use crate::backend::{self, LaneFailure};
+use crate::clock::after;
 use crate::config::{AgentConfig, ArenaConfig, RemoteAccess};
 use crate::error::{AgentError, ConnectError, LossCause, RegisterError, WindowError};
 use crate::memory::{HostMemory, Region, RegionId, RegionOwner, Registration};
@@ -308,7 +309,7 @@ impl Core {
                 return Err(ConnectError::TooMany { limit });
             }
         }
-        let session = self.open_session(metadata, Instant::now() + timeout)?;
+        let session = self.open_session(metadata, after(timeout))?;
         let mut sessions = self.sessions.lock();
         if let Some(known) = live(&sessions) {
             drop(sessions);

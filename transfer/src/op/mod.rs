@@ -1,17 +1,20 @@
 //! Operations: prepared, posted, finished; and the notifications that follow them.
 
+mod check;
 mod gate;
 mod notify;
 mod prepare;
+mod request;
 mod state;
 mod transfer;
+mod work;
 
 pub use notify::{Notification, Notifications, Recv, RecvError};
-pub use prepare::{
-    Descriptor, LocalBlocks, Op, Plan, PostOptions, Prepared, RemoteBlocks, RemoteDescriptor,
-};
+pub use prepare::Prepared;
+pub use request::{Descriptor, LocalBlocks, Op, Plan, PostOptions, RemoteBlocks, RemoteDescriptor};
 pub use transfer::{CancelOutcome, Transfer, TransferStatus};
 
 pub(crate) use notify::NotificationQueue;
-pub(crate) use prepare::{Path, post, prepare_blocks, prepare_descriptors};
+pub(crate) use prepare::{post, prepare_blocks, prepare_descriptors};
 pub(crate) use state::{TransferState, Turn};
+pub(crate) use work::Path;

@@ -6,11 +6,12 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
 
+use crate::clock::after;
 use crate::error::AgentStopped;
 
 /// A message from a peer. One that was bound to a transfer arrives after all bytes of the transfer
@@ -115,7 +116,7 @@ impl Notifications {
     /// # Errors
     /// Nothing arrived within `timeout`, or the agent is shut down and the queue is empty.
     pub fn recv_timeout(&self, timeout: Duration) -> Result<Notification, RecvError> {
-        let until = Instant::now() + timeout;
+        let until = after(timeout);
         let mut state = self.queue.state.lock();
         loop {
             if let Some(next) = state.queue.pop_front() {

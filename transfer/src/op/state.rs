@@ -13,7 +13,7 @@ use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
 
 use super::gate::Gate;
-use super::prepare::Work;
+use super::work::Work;
 use crate::agent::{Core, Session, TimerKey};
 use crate::error::TransferError;
 

@@ -5,9 +5,10 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::state::{Phase, TransferState};
+use crate::clock::after;
 use crate::error::TransferError;
 
 /// Where a transfer stands.
@@ -74,7 +75,7 @@ impl Transfer {
     /// # Errors
     /// The reason of the failure, or [`TransferError::StillInFlight`] when `timeout` passes first.
     pub fn wait(&self, timeout: Duration) -> Result<(), TransferError> {
-        let until = Instant::now() + timeout;
+        let until = after(timeout);
         self.state.copy_parts();
         self.state
             .wait_until(until)
@@ -92,7 +93,7 @@ impl Transfer {
         self.request_cancel();
         let bound = self.state.core.config.peer_loss_timeout * 4;
         loop {
-            match self.state.wait_until(Instant::now() + bound) {
+            match self.state.wait_until(after(bound)) {
                 Some(Ok(())) => return CancelOutcome::Completed,
                 Some(Err(TransferError::Cancelled)) => return CancelOutcome::Cancelled,
                 Some(Err(error)) => return CancelOutcome::Failed(error),

@@ -14,11 +14,12 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex, RwLock, RwLockReadGuard};
 
 use crate::agent::Core;
+use crate::clock::after;
 use crate::memory::Region;
 use crate::plan::BlockSet;
 
@@ -185,7 +186,7 @@ impl OpenWindow {
     }
 
     fn wait_quiet(&self, timeout: Duration) -> bool {
-        let until = Instant::now() + timeout;
+        let until = after(timeout);
         let mut holders = self.holders.lock();
         while !holders.keys.is_empty() {
             if self.quiet.wait_until(&mut holders, until).timed_out() {

@@ -87,9 +87,12 @@ impl ControlTx {
         self.state.lock().flush();
     }
 
-    /// A heartbeat.
+    /// A heartbeat. None is added to what a stopped peer has not read yet: frames for it must not
+    /// pile up until the connection counts as broken, for then its windows would count as quiet.
     pub(crate) fn beat(&self) {
-        self.header(Header::new(Kind::Ping, 0, 0));
+        if self.state.lock().queue.is_empty() {
+            self.header(Header::new(Kind::Ping, 0, 0));
+        }
     }
 
     /// Ends the connection.

@@ -202,10 +202,6 @@ impl Blocks {
     }
 }
 
-fn open_descriptors() -> usize {
-    std::fs::read_dir("/proc/self/fd").unwrap().count()
-}
-
 /// Keeps posting until the peer is lost; returns how, and how long the slowest call took.
 fn post_until_lost(
     prepared: &blockplane_transfer::Prepared,
@@ -298,21 +294,33 @@ fn no_descriptor_leaks_when_peers_die() {
 #[test]
 #[ignore = "started by no_descriptor_leaks_when_peers_die"]
 fn descriptors_alone() {
+    let count = |what: &str| {
+        std::fs::read_dir(format!("/proc/self/{what}"))
+            .unwrap()
+            .count()
+    };
+    let shrinks_to = |what: &str, before: usize, when: &str| {
+        let started = Instant::now();
+        while count(what) > before {
+            assert!(
+                started.elapsed() < WAIT,
+                "{when}: {what} {before} -> {}",
+                count(what)
+            );
+            std::thread::yield_now();
+        }
+    };
     for lane in [Lane::Shm, Lane::Tcp] {
+        let (threads, descriptors) = (count("task"), count("fd"));
         let agent = Agent::new(config("me", lane)).unwrap();
-        let before = open_descriptors();
+        let with_agent = count("fd");
         for round in 0..3 {
             kill_and_lose(&agent, lane);
-            let started = Instant::now();
-            while open_descriptors() > before {
-                let left = open_descriptors();
-                assert!(
-                    started.elapsed() < WAIT,
-                    "{lane} round {round}: {before} -> {left}"
-                );
-                std::thread::yield_now();
-            }
+            shrinks_to("fd", with_agent, &format!("{lane} round {round}"));
         }
+        drop(agent);
+        shrinks_to("task", threads, "agent dropped");
+        shrinks_to("fd", descriptors, "agent dropped");
     }
 }
 

@@ -1,0 +1,132 @@
+//! What callers say: which blocks, which direction, how long.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::agent::Peer;
+use crate::config::Lane;
+use crate::memory::{RegionId, Registration};
+use crate::plan::BlockLayout;
+use crate::window::WindowId;
+
+/// Direction of an operation, seen from the agent that posts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Local bytes into the peer's memory.
+    Write,
+    /// The peer's bytes into local memory.
+    Read,
+}
+
+/// Blocks of this agent's memory.
+#[derive(Clone, Debug)]
+pub struct LocalBlocks<'a> {
+    /// The region.
+    pub registration: &'a Registration,
+    /// How blocks lie in it.
+    pub layout: BlockLayout,
+    /// Block ids; the i-th pairs with the i-th remote id.
+    pub ids: Arc<[u32]>,
+    /// Layers; the k-th pairs with the k-th remote layer.
+    pub layers: Range<u32>,
+}
+
+/// Blocks of a peer's memory.
+#[derive(Clone, Debug)]
+pub struct RemoteBlocks<'a> {
+    /// The peer.
+    pub peer: &'a Peer,
+    /// The region, as the peer names it.
+    pub region: RegionId,
+    /// How blocks lie in it.
+    pub layout: BlockLayout,
+    /// Block ids.
+    pub ids: Arc<[u32]>,
+    /// Layers.
+    pub layers: Range<u32>,
+    /// The window through which the blocks are accessed, if the region needs one.
+    pub window: Option<WindowId>,
+}
+
+/// A piece of this agent's memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Descriptor<'a> {
+    /// The region.
+    pub registration: &'a Registration,
+    /// First byte in it.
+    pub offset: u64,
+    /// Length in bytes.
+    pub bytes: u64,
+}
+
+/// A piece of a peer's memory. Its length is that of the local descriptor it pairs with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RemoteDescriptor {
+    /// The region, as the peer names it.
+    pub region: RegionId,
+    /// First byte in it.
+    pub offset: u64,
+    /// The window through which it is accessed; the same for all descriptors of an operation.
+    pub window: Option<WindowId>,
+}
+
+/// How an operation is going to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Plan {
+    /// Direction.
+    pub op: Op,
+    /// Bytes moved.
+    pub bytes: u64,
+    /// Runs named by the caller.
+    pub runs: u64,
+    /// Pieces that are contiguous on both sides, after merging.
+    pub pieces: u64,
+    /// Pairs of block sets; a regular list is one.
+    pub sets: usize,
+    /// Parts of a copy, or stripes over streams.
+    pub parts: u32,
+    /// The lane.
+    pub lane: Lane,
+    /// Why this lane and this way.
+    pub reason: String,
+}
+
+/// How one posting of a prepared operation goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PostOptions {
+    /// The transfer fails with `DeadlineExceeded` after this time. Default 30 s.
+    pub deadline: Duration,
+    /// Delivered to the peer after all bytes are in place. Default none.
+    pub notification: Option<Bytes>,
+}
+
+impl Default for PostOptions {
+    fn default() -> Self {
+        Self {
+            deadline: Duration::from_secs(30),
+            notification: None,
+        }
+    }
+}
+
+impl PostOptions {
+    /// A deadline and no notification.
+    #[must_use]
+    pub const fn within(deadline: Duration) -> Self {
+        Self {
+            deadline,
+            notification: None,
+        }
+    }
+
+    /// The same with a notification.
+    #[must_use]
+    pub fn notify(mut self, payload: impl Into<Bytes>) -> Self {
+        self.notification = Some(payload.into());
+        self
+    }
+}

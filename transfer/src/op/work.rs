@@ -1,0 +1,117 @@
+//! What a posted operation does: checked pairs of block sets, and how their bytes move.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::request::{Op, Plan};
+use crate::agent::{RemoteMemory, RemoteRegion};
+use crate::memory::{Region, copy_bytes};
+use crate::plan::{BlockSet, Order, for_each_segment, part_range, stripes};
+use crate::window::Grant;
+
+/// A stream gets no stripe below this size.
+const STRIPE_BYTES_MIN: u64 = 64 << 10;
+
+/// How the bytes move.
+#[derive(Clone, Debug)]
+pub(crate) enum Path {
+    /// Both sides are mapped here: copy in parts of this many bytes.
+    Copy { part_bytes: u64 },
+    /// Through the streams of the connection.
+    Stream { stripes: Vec<Stripe> },
+}
+
+/// A stretch of one pair of sets, to go over one stream.
+#[derive(Clone, Debug)]
+pub(crate) struct Stripe {
+    pub(crate) stream: usize,
+    pub(crate) set: usize,
+    pub(crate) range: Range<u64>,
+}
+
+/// A pair of validated block sets of one shape.
+#[derive(Debug)]
+pub(crate) struct SetPair {
+    pub(crate) local_region: Arc<Region>,
+    pub(crate) local: BlockSet,
+    pub(crate) remote_region: Arc<RemoteRegion>,
+    pub(crate) remote: BlockSet,
+    pub(crate) order: Order,
+}
+
+/// What a posted operation does; shared by all postings.
+#[derive(Debug)]
+pub(crate) struct Work {
+    pub(crate) op: Op,
+    pub(crate) sets: Vec<SetPair>,
+    /// Logical offset at which each set begins.
+    pub(super) starts: Vec<u64>,
+    pub(crate) path: Path,
+    pub(crate) parts: u32,
+    pub(crate) grant: Option<Arc<Grant>>,
+    pub(crate) plan: Plan,
+}
+
+impl Work {
+    /// Copies part `part`; both sides are mapped.
+    pub(crate) fn copy_part(&self, part: u32) {
+        let Path::Copy { part_bytes } = self.path else {
+            return;
+        };
+        let range = part_range(self.plan.bytes, part_bytes, u64::from(part));
+        let first = self.starts.partition_point(|start| *start <= range.start) - 1;
+        for (set, &start) in self.sets[first..].iter().zip(&self.starts[first..]) {
+            if start >= range.end {
+                break;
+            }
+            let within =
+                range.start.saturating_sub(start)..(range.end - start).min(set.local.bytes());
+            let RemoteMemory::Mapped(remote) = &set.remote_region.memory else {
+                continue;
+            };
+            let local = set.local_region.base();
+            let remote = remote.base();
+            for_each_segment(&set.local, &set.remote, set.order, within, |l, r, bytes| {
+                // Offsets lie inside regions, whose lengths are usize.
+                let [l, r, bytes] = [l, r, bytes].map(|v| usize::try_from(v).unwrap_or(usize::MAX));
+                // SAFETY: the local set is validated against this region, which `set` keeps alive.
+                let l = unsafe { local.add(l) };
+                // SAFETY: the remote set is validated against this mapping, which `set` keeps.
+                let r = unsafe { remote.add(r) };
+                let (from, to) = match self.op {
+                    Op::Write => (l.cast_const(), r),
+                    Op::Read => (r.cast_const(), l),
+                };
+                // SAFETY: both ranges are inside live mappings; the crate forms no references.
+                unsafe { copy_bytes(from, to, bytes) };
+            });
+        }
+    }
+}
+
+/// Spreads the sets over the streams: one set is striped, several are dealt out by bytes.
+pub(super) fn stripe_sets(sets: &[SetPair], bytes: u64, streams: usize) -> Vec<Stripe> {
+    let mut out = Vec::new();
+    let per_stream = bytes.div_ceil(streams.max(1) as u64).max(STRIPE_BYTES_MIN);
+    let mut filled = 0u64;
+    for (index, set) in sets.iter().enumerate() {
+        if set.local.bytes() > per_stream {
+            for (k, range) in stripes(set.local.bytes(), streams, STRIPE_BYTES_MIN).enumerate() {
+                out.push(Stripe {
+                    stream: k % streams.max(1),
+                    set: index,
+                    range,
+                });
+            }
+        } else {
+            let stream = usize::try_from(filled / per_stream).unwrap_or(0) % streams.max(1);
+            out.push(Stripe {
+                stream,
+                set: index,
+                range: 0..set.local.bytes(),
+            });
+            filled += set.local.bytes();
+        }
+    }
+    out
+}
