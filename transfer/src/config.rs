@@ -42,7 +42,8 @@ pub struct AgentConfig {
     /// `tcp_bind` is a wildcard address. Default none.
     pub advertise_host: Option<String>,
     /// Folder for the Unix socket of the shm lane. Default `/tmp`. The socket is readable by this
-    /// user only and goes away with the agent.
+    /// user only and goes away with the agent; what killed agents left behind is removed by the
+    /// next agent that starts there.
     pub socket_dir: PathBuf,
     /// A peer that has been silent this long is lost. Heartbeats go out eight times per interval.
     /// Default 2 s.

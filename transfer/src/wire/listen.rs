@@ -6,10 +6,12 @@ use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::data::{DataStream, Role};
 use super::frame::{Code, HEADER_BYTES, Header, Kind};
@@ -74,6 +76,7 @@ impl Listeners {
         }
         let mut unix = None;
         if config.lanes.contains(&Lane::Shm) {
+            remove_orphans(&config.socket_dir);
             let path = config
                 .socket_dir
                 .join(format!("blockplane-{epoch:016x}.sock"));
@@ -111,6 +114,47 @@ impl Listeners {
             };
             reactors.add(reactors.place_control(), Box::new(listener));
         }
+    }
+}
+
+/// Files that are looked at, and how old one must be to count as left behind.
+const ORPHANS_MAX: usize = 256;
+const ORPHAN_AGE: Duration = Duration::from_secs(60);
+
+/// Removes sockets of agents that were killed: a file that has been there for a while and refuses
+/// connections has no listener. What cannot be looked at or removed is left alone.
+fn remove_orphans(folder: &Path) {
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return;
+    };
+    let ours = |entry: &std::fs::DirEntry| {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        name.starts_with("blockplane-") && name.ends_with(".sock")
+    };
+    for entry in entries.flatten().filter(ours).take(ORPHANS_MAX) {
+        let age = entry
+            .metadata()
+            .and_then(|data| data.modified())
+            .map(|at| at.elapsed());
+        if !matches!(age, Ok(Ok(age)) if age > ORPHAN_AGE) {
+            continue;
+        }
+        if refuses(&entry.path()) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Whether nobody listens on a socket file; never waits.
+fn refuses(path: &Path) -> bool {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
+    match (socket, SocketAddrUnix::new(path)) {
+        (Ok(socket), Ok(address)) => {
+            rustix::net::connect(&socket, &address) == Err(rustix::io::Errno::CONNREFUSED)
+        }
+        _ => false,
     }
 }
 
@@ -366,5 +410,45 @@ impl Source for Guest {
                 Flow::Drop
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sockets_of_the_dead_are_removed_and_of_the_living_kept() {
+        let folder = std::env::temp_dir().join(format!("bp-orphans-{:x}", random_u64().unwrap()));
+        std::fs::create_dir(&folder).unwrap();
+        let old = std::time::SystemTime::now() - ORPHAN_AGE * 2;
+        let path = |name: &str| folder.join(format!("blockplane-{name}.sock"));
+        let age = |path: &Path| {
+            let path = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+            let seconds = old.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+            let at = rustix::fs::Timespec {
+                tv_sec: seconds.cast_signed(),
+                tv_nsec: 0,
+            };
+            let times = rustix::fs::Timestamps {
+                last_access: at,
+                last_modification: at,
+            };
+            let flags = rustix::fs::AtFlags::empty();
+            rustix::fs::utimensat(rustix::fs::CWD, &path, &times, flags).unwrap();
+        };
+        let alive = UnixListener::bind(path("alive")).unwrap();
+        drop(UnixListener::bind(path("dead")).unwrap());
+        drop(UnixListener::bind(path("young")).unwrap());
+        std::fs::write(folder.join("other.sock"), "").unwrap();
+        age(&path("alive"));
+        age(&path("dead"));
+        age(&folder.join("other.sock"));
+        remove_orphans(&folder);
+        assert!(path("alive").exists() && path("young").exists());
+        assert!(folder.join("other.sock").exists());
+        assert!(!path("dead").exists());
+        drop(alive);
+        std::fs::remove_dir_all(&folder).unwrap();
     }
 }
