@@ -257,7 +257,9 @@ async fn without_budget_or_another_worker_the_loss_is_an_error() {
 
     let alone = Deployment::new(3).await;
     let cut = alone.worker(1, Script::CutAfter(2)).await;
-    assert_eq!(alone.run(5).await.unwrap_err().kind, ErrorKind::Unavailable);
+    let error = alone.run(5).await.unwrap_err();
+    assert_eq!(error.kind, ErrorKind::WorkerLost);
+    assert!(error.message.contains("no other worker takes the request"), "{error}");
     assert_eq!(
         cut.requests.load(Ordering::Relaxed),
         1,
