@@ -3,6 +3,8 @@
 //! Named fields let a newer peer add optional ones. A change that an older peer must not
 //! misunderstand raises [`VERSION`]. The byte layout is documented in `docs/protocol.md`.
 
+use std::io::Cursor;
+
 use serde::{Serialize, de::DeserializeOwned};
 use thiserror::Error;
 
@@ -31,6 +33,12 @@ pub enum DecodeError {
         bytes: usize,
         /// The limit.
         limit: usize,
+    },
+    /// More bytes than one message.
+    #[error("{bytes} bytes follow the message")]
+    Trailing {
+        /// How many.
+        bytes: u64,
     },
     /// Not the expected structure.
     #[error("malformed message: {0}")]
@@ -64,5 +72,10 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, DecodeError> {
     if version != VERSION {
         return Err(DecodeError::Version { found: version });
     }
-    Ok(rmp_serde::from_slice(body)?)
+    let mut rest = Cursor::new(body);
+    let message = rmp_serde::from_read(&mut rest)?;
+    match (body.len() as u64).saturating_sub(rest.position()) {
+        0 => Ok(message),
+        bytes => Err(DecodeError::Trailing { bytes }),
+    }
 }

@@ -341,6 +341,13 @@ fn the_envelope_is_checked_before_the_message() {
         Err(DecodeError::Empty)
     ));
     let mut bytes = codec::encode(&LoadReport::default());
+    bytes.extend([0xc0, 0xc0]);
+    let error = codec::decode::<LoadReport>(&bytes).unwrap_err();
+    assert!(
+        matches!(error, DecodeError::Trailing { bytes: 2 }),
+        "{error}"
+    );
+    bytes.truncate(bytes.len() - 2);
     bytes[0] = codec::VERSION + 1;
     let error = codec::decode::<LoadReport>(&bytes).unwrap_err();
     assert!(matches!(error, DecodeError::Version { found } if found == codec::VERSION + 1));
