@@ -259,7 +259,10 @@ async fn without_budget_or_another_worker_the_loss_is_an_error() {
     let cut = alone.worker(1, Script::CutAfter(2)).await;
     let error = alone.run(5).await.unwrap_err();
     assert_eq!(error.kind, ErrorKind::WorkerLost);
-    assert!(error.message.contains("no other worker takes the request"), "{error}");
+    assert!(
+        error.message.contains("no other worker takes the request"),
+        "{error}"
+    );
     assert_eq!(
         cut.requests.load(Ordering::Relaxed),
         1,
