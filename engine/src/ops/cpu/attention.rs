@@ -9,12 +9,17 @@
     reason = "the loads and stores of a tile rest on the one contract of `Attend`"
 )]
 
+use std::ops::Range;
+
 use super::gemm::{Product, product};
 use super::rows;
 use super::simd::Simd;
 
 /// Keys folded in at a time.
 pub(super) const KEYS: usize = 64;
+
+/// With no more rows than this a tile waits for memory and not for arithmetic.
+const ROWS_AHEAD: usize = 16;
 
 /// Where the rows of keys and values are.
 pub(super) trait Cached: Copy {
@@ -98,6 +103,8 @@ pub(super) struct Attend<'a, K> {
     /// The key at a position, and how many keys from there on lie one after the other.
     pub(super) key_run: &'a dyn Fn(usize) -> (*const K, usize),
     pub(super) value_offset: usize,
+    /// How many elements after a key of this head is that of the head computed next, 0 if none is.
+    pub(super) next_head: usize,
     pub(super) out: *mut f32,
     pub(super) out_stride: usize,
     pub(super) scratch: &'a mut Scratch,
@@ -147,16 +154,27 @@ pub(super) unsafe fn attend<S: Simd, K: Cached, const ROWS: usize, const VECTORS
 
     let end = a.position + a.tokens;
     let first = (a.position + 1).saturating_sub(a.window);
-    for base in (first - first % KEYS..end).step_by(KEYS) {
+    let first = first - first % KEYS;
+    let mut next = locate(a.key_run, first..end, dim);
+    for base in (first..end).step_by(KEYS) {
         let count = KEYS.min(end - base);
-        let mut at = [std::ptr::null::<K>(); KEYS];
-        let mut t = 0;
-        while t < count {
-            let (key, run) = (a.key_run)(base + t);
-            for (i, at) in at[t..count].iter_mut().take(run).enumerate() {
-                *at = key.wrapping_add(i * dim);
+        let at = next;
+        if base + KEYS < end {
+            next = locate(a.key_run, base + KEYS..end, dim);
+        }
+        if rows <= ROWS_AHEAD {
+            // So few rows wait for memory: ask for the values of this tile and the next keys.
+            for &row in &at[..count] {
+                ask(s, row.wrapping_add(a.value_offset), dim);
             }
-            t += run;
+            let (ahead, offset) = if base + KEYS < end {
+                (next, 0)
+            } else {
+                (locate(a.key_run, first..end, dim), a.next_head)
+            };
+            for &row in ahead.iter().take_while(|row| !row.is_null()) {
+                ask(s, row.wrapping_add(offset), dim);
+            }
         }
         // SAFETY: the rows are there by the contract, the panels have room for `KEYS` positions.
         unsafe {
@@ -235,12 +253,41 @@ pub(super) unsafe fn attend<S: Simd, K: Cached, const ROWS: usize, const VECTORS
     }
 }
 
+/// The keys at `positions`, at most `KEYS` of them; null beyond.
+#[inline(always)]
+fn locate<K>(
+    key_run: &dyn Fn(usize) -> (*const K, usize),
+    positions: Range<usize>,
+    dim: usize,
+) -> [*const K; KEYS] {
+    let mut at = [std::ptr::null(); KEYS];
+    let count = KEYS.min(positions.len());
+    let mut t = 0;
+    while t < count {
+        let (key, run) = key_run(positions.start + t);
+        for (i, at) in at[t..count].iter_mut().take(run).enumerate() {
+            *at = key.wrapping_add(i * dim);
+        }
+        t += run;
+    }
+    at
+}
+
+/// Asks for the cache lines of a row of `dim` elements.
+#[inline(always)]
+fn ask<S: Simd, K>(s: S, row: *const K, dim: usize) {
+    let row = row.cast::<u8>();
+    for byte in (0..dim * size_of::<K>()).step_by(64) {
+        s.prefetch(row.wrapping_add(byte));
+    }
+}
+
 /// Turns one row of scores into weights, and moves what was summed so far to the new maximum.
 #[inline(always)]
 fn fold<S: Simd>(
     s: S,
     scores: &mut [f32],
-    seen: std::ops::Range<usize>,
+    seen: Range<usize>,
     scale: f32,
     maximum: &mut f32,
     total: &mut f32,

@@ -7,7 +7,7 @@ use super::memory::Zeroed;
 /// Single-precision rows are padded to whole panels of every instruction set.
 const COLUMNS_MULTIPLE: usize = 64;
 /// Bytes of a cache line of every processor here.
-const CACHE_LINE_BYTES: usize = 64;
+pub(super) const CACHE_LINE_BYTES: usize = 64;
 
 /// Single-precision parameters, padded with zeros.
 #[derive(Debug)]

@@ -8,7 +8,27 @@
     reason = "all loads and stores of a tile rest on the one contract of `Product`"
 )]
 
+use std::ops::Range;
+
+use super::buffers::CACHE_LINE_BYTES;
 use super::simd::Simd;
+
+/// Repeats a block for rows `0..M`, at most 6, with `m` a constant: sums indexed by constants stay in
+/// registers, while the compiler gives up on unrolling a loop of this size in time for that.
+macro_rules! each_row {
+    ($m:ident of $rows:ident $body:block) => {
+        each_row!(@ $m of $rows $body, 0 1 2 3 4 5)
+    };
+    (@ $m:ident of $rows:ident $body:block, $($row:literal)*) => {
+        $(if $rows > $row {
+            let $m = $row;
+            $body
+        })*
+    };
+}
+
+/// How far a single tile asks ahead.
+const AHEAD_BYTES: usize = 16 << 10;
 
 /// One panel times some rows. Pointers, because rows and panels of one buffer are written by
 /// several threads at a time.
@@ -38,12 +58,17 @@ pub(super) trait Panel: Copy {
     /// Stored numbers of one step per output.
     const STORED: usize;
 
-    /// The weights of one step for `LANES` outputs: of the first input and of the second, if the
-    /// step has two.
+    /// The weights of the first input of a step for `LANES` outputs.
     ///
     /// # Safety
     /// `from` is valid for reading `LANES * STORED` numbers.
-    unsafe fn load<S: Simd>(s: S, from: *const Self) -> (S::F, S::F);
+    unsafe fn first<S: Simd>(s: S, from: *const Self) -> S::F;
+
+    /// Those of the second input, if the step has two.
+    ///
+    /// # Safety
+    /// As for `first`.
+    unsafe fn second<S: Simd>(s: S, from: *const Self) -> S::F;
 }
 
 impl Panel for f32 {
@@ -51,9 +76,13 @@ impl Panel for f32 {
     const STORED: usize = 1;
 
     #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, from: *const Self) -> (S::F, S::F) {
+    unsafe fn first<S: Simd>(s: S, from: *const Self) -> S::F {
         // SAFETY: the caller's.
-        (unsafe { s.load(from) }, s.splat(0.0))
+        unsafe { s.load(from) }
+    }
+    #[inline(always)]
+    unsafe fn second<S: Simd>(s: S, _from: *const Self) -> S::F {
+        s.splat(0.0)
     }
 }
 
@@ -63,9 +92,14 @@ impl Panel for u16 {
     const STORED: usize = 2;
 
     #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, from: *const Self) -> (S::F, S::F) {
+    unsafe fn first<S: Simd>(s: S, from: *const Self) -> S::F {
         // SAFETY: the caller's.
-        unsafe { s.load_bf16_pairs(from) }
+        unsafe { s.load_bf16_even(from) }
+    }
+    #[inline(always)]
+    unsafe fn second<S: Simd>(s: S, from: *const Self) -> S::F {
+        // SAFETY: the caller's.
+        unsafe { s.load_bf16_odd(from) }
     }
 }
 
@@ -79,21 +113,60 @@ pub(super) unsafe fn product<S: Simd, P: Panel, const ROWS: usize, const VECTORS
     p: Product<f32, P>,
 ) {
     const { assert!(ROWS >= 1 && ROWS <= 6) };
-    let mut row = 0;
-    while row < p.rows {
-        let rows = (p.rows - row).min(ROWS);
-        // SAFETY: the caller's; `rows` rows from `row` on are there.
+    let bytes = VECTORS * S::LANES * P::STORED * size_of::<P>();
+    for (tile_index, row) in (0..p.rows).step_by(ROWS).enumerate() {
+        let which = (tile_index, p.rows.div_ceil(ROWS));
+        let part = Part::new(row, which, p.inputs.div_ceil(P::STEP), bytes);
+        // SAFETY: the caller's; as many rows from `row` on are there.
         unsafe {
-            match rows {
-                1 => tile::<S, P, 1, VECTORS>(s, p, row),
-                2 => tile::<S, P, 2, VECTORS>(s, p, row),
-                3 => tile::<S, P, 3, VECTORS>(s, p, row),
-                4 => tile::<S, P, 4, VECTORS>(s, p, row),
-                5 => tile::<S, P, 5, VECTORS>(s, p, row),
-                _ => tile::<S, P, 6, VECTORS>(s, p, row),
+            match (p.rows - row).min(ROWS) {
+                1 => tile::<S, P, 1, VECTORS>(s, p, part),
+                2 => tile::<S, P, 2, VECTORS>(s, p, part),
+                3 => tile::<S, P, 3, VECTORS>(s, p, part),
+                4 => tile::<S, P, 4, VECTORS>(s, p, part),
+                5 => tile::<S, P, 5, VECTORS>(s, p, part),
+                _ => tile::<S, P, 6, VECTORS>(s, p, part),
             }
         }
-        row += rows;
+    }
+}
+
+/// What one tile of a product does.
+pub(super) struct Part {
+    pub(super) row: usize,
+    /// Which cache lines of each step it asks for in advance...
+    pub(super) lines: Range<usize>,
+    /// ...and by how many steps.
+    pub(super) distance: usize,
+}
+
+impl Part {
+    /// Part `tile` of `tiles`, which share in asking for the lines of a step of `bytes`: those of
+    /// the next panel, which begins `steps` later, or those soon to come if there is one tile only.
+    #[inline(always)]
+    pub(super) fn new(
+        row: usize,
+        (tile, tiles): (usize, usize),
+        steps: usize,
+        bytes: usize,
+    ) -> Self {
+        let lines = bytes / CACHE_LINE_BYTES;
+        let sharing = tiles.min(lines);
+        let lines = if tile < sharing {
+            lines * tile / sharing..lines * (tile + 1) / sharing
+        } else {
+            0..0
+        };
+        let distance = if tiles == 1 {
+            AHEAD_BYTES / bytes
+        } else {
+            steps
+        };
+        Self {
+            row,
+            lines,
+            distance,
+        }
     }
 }
 
@@ -103,63 +176,79 @@ pub(super) unsafe fn product<S: Simd, P: Panel, const ROWS: usize, const VECTORS
 unsafe fn tile<S: Simd, P: Panel, const M: usize, const V: usize>(
     s: S,
     p: Product<f32, P>,
-    row: usize,
+    part: Part,
 ) {
+    let Part {
+        row,
+        lines,
+        distance,
+    } = part;
     let mut sums = [[s.splat(0.0); V]; M];
     let steps = p.inputs.div_ceil(P::STEP);
     // SAFETY: `Product` covers `steps` steps of the panel and of each row.
     unsafe {
         let x = p.x.add(row * p.x_stride);
         for step in 0..steps {
-            // A loop and not a closure: closures do not inherit the instruction set.
-            let mut weights = [(s.splat(0.0), s.splat(0.0)); V];
-            for (v, weight) in weights.iter_mut().enumerate() {
-                *weight = P::load(s, p.panel.add((step * V + v) * S::LANES * P::STORED));
+            // Loops and not closures, which do not inherit the instruction set; one input after the
+            // other, so that the weights of one only take up registers.
+            let panel = p.panel.add(step * V * S::LANES * P::STORED);
+            for line in lines.clone() {
+                // Beyond the last panel there is nothing, and asking for it is harmless.
+                let next = panel.wrapping_add(distance * V * S::LANES * P::STORED);
+                s.prefetch(next.cast::<u8>().wrapping_add(line * CACHE_LINE_BYTES));
             }
-            for (m, sums) in sums.iter_mut().enumerate() {
-                let x = x.add(m * p.x_stride + step * P::STEP);
-                let first = s.splat(*x);
-                for (sum, weight) in sums.iter_mut().zip(&weights) {
-                    *sum = s.fma(first, weight.0, *sum);
+            let mut weights = [s.splat(0.0); V];
+            for (v, weights) in weights.iter_mut().enumerate() {
+                *weights = P::first(s, panel.add(v * S::LANES * P::STORED));
+            }
+            each_row!(m of M {
+                let x = s.splat(*x.add(m * p.x_stride + step * P::STEP));
+                for (sum, &weights) in sums[m].iter_mut().zip(&weights) {
+                    *sum = s.fma(x, weights, *sum);
                 }
-                if P::STEP == 2 {
-                    let second = s.splat(*x.add(1));
-                    for (sum, weight) in sums.iter_mut().zip(&weights) {
-                        *sum = s.fma(second, weight.1, *sum);
+            });
+            if P::STEP == 2 {
+                for (v, weights) in weights.iter_mut().enumerate() {
+                    *weights = P::second(s, panel.add(v * S::LANES * P::STORED));
+                }
+                each_row!(m of M {
+                    let x = s.splat(*x.add(m * p.x_stride + step * P::STEP + 1));
+                    for (sum, &weights) in sums[m].iter_mut().zip(&weights) {
+                        *sum = s.fma(x, weights, *sum);
                     }
-                }
+                });
             }
         }
-        for (m, sums) in sums.iter().enumerate() {
-            finish(s, sums, p.bias, p.out.add((row + m) * p.out_stride), p.add);
-        }
+        write_rows(s, &sums, &p, row);
     }
 }
 
-/// Writes one row of sums.
+/// Writes the sums of `M` rows from `row` on, with bias and what was there before.
 ///
 /// # Safety
-/// `out`, and `bias` if not null, are valid for `V * LANES` numbers.
+/// As [`Product`] says, and `row + M <= rows`.
 #[inline(always)]
-pub(super) unsafe fn finish<S: Simd, const V: usize>(
+pub(super) unsafe fn write_rows<S: Simd, X, P, const M: usize, const V: usize>(
     s: S,
-    sums: &[S::F; V],
-    bias: *const f32,
-    out: *mut f32,
-    add: bool,
+    sums: &[[S::F; V]; M],
+    p: &Product<X, P>,
+    row: usize,
 ) {
-    for (v, &sum) in sums.iter().enumerate() {
-        let mut sum = sum;
-        let at = v * S::LANES;
-        // SAFETY: the caller's.
-        unsafe {
-            if !bias.is_null() {
-                sum = s.add(sum, s.load(bias.add(at)));
+    each_row!(m of M {
+        for (v, &sum) in sums[m].iter().enumerate() {
+            let at = v * S::LANES;
+            let mut sum = sum;
+            // SAFETY: the caller's.
+            unsafe {
+                let out = p.out.add((row + m) * p.out_stride + at);
+                if !p.bias.is_null() {
+                    sum = s.add(sum, s.load(p.bias.add(at)));
+                }
+                if p.add {
+                    sum = s.add(sum, s.load(out));
+                }
+                s.store(out, sum);
             }
-            if add {
-                sum = s.add(sum, s.load(out.add(at)));
-            }
-            s.store(out.add(at), sum);
         }
-    }
+    });
 }

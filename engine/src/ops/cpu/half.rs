@@ -10,7 +10,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::gemm::{Product, finish};
+use super::buffers::CACHE_LINE_BYTES;
+use super::gemm::{Part, Product, write_rows};
 use super::rows;
 use super::simd::{Avx512, Simd};
 
@@ -91,36 +92,23 @@ pub(super) unsafe fn product_fp16(p: Scaled) {
         let chunk = first..(first + TERMS).min(pairs);
         let tiles = p.product.rows.div_ceil(6);
         for (tile, row) in (0..p.product.rows).step_by(6).enumerate() {
-            let rows = (p.product.rows - row).min(6);
             // The next chunk comes into the cache a part per tile.
-            let part = Part {
-                row,
-                pairs: chunk.clone(),
-                ahead: LINES * tile / tiles.min(LINES)..LINES * (tile + 1) / tiles.min(LINES),
-            };
+            let part = Part::new(row, (tile, tiles), TERMS, LINES * CACHE_LINE_BYTES);
+            let chunk = chunk.clone();
             // SAFETY: the caller's; `rows` rows from `row` on are there, and so are the pairs.
             unsafe {
-                match rows {
-                    1 if tiles == 1 => tile_fp16::<1, false>(p, part),
-                    1 => tile_fp16::<1, true>(p, part),
-                    2 => tile_fp16::<2, true>(p, part),
-                    3 => tile_fp16::<3, true>(p, part),
-                    4 => tile_fp16::<4, true>(p, part),
-                    5 => tile_fp16::<5, true>(p, part),
-                    _ => tile_fp16::<6, true>(p, part),
+                match p.product.rows - row {
+                    1 if tiles == 1 => tile_fp16::<1, false>(p, part, chunk),
+                    1 => tile_fp16::<1, true>(p, part, chunk),
+                    2 => tile_fp16::<2, true>(p, part, chunk),
+                    3 => tile_fp16::<3, true>(p, part, chunk),
+                    4 => tile_fp16::<4, true>(p, part, chunk),
+                    5 => tile_fp16::<5, true>(p, part, chunk),
+                    _ => tile_fp16::<6, true>(p, part, chunk),
                 }
             }
         }
     }
-}
-
-/// What one tile of a half-precision product does.
-struct Part {
-    row: usize,
-    /// Which pairs of inputs.
-    pairs: Range<usize>,
-    /// Which lines of the pairs `TERMS` later it asks for.
-    ahead: Range<usize>,
 }
 
 /// Even inputs are summed in the low half of every 32 bits, odd ones in the high half, so that one
@@ -130,9 +118,17 @@ struct Part {
 /// # Safety
 /// As [`product_fp16`] says, `row + M <= rows`, and the panel has these pairs of inputs.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512fp16,avx2,fma")]
-unsafe fn tile_fp16<const M: usize, const AHEAD: bool>(scaled: Scaled, part: Part) {
+unsafe fn tile_fp16<const M: usize, const AHEAD: bool>(
+    scaled: Scaled,
+    part: Part,
+    pairs: Range<usize>,
+) {
     let p = scaled.product;
-    let Part { row, pairs, ahead } = part;
+    let Part {
+        row,
+        lines,
+        distance,
+    } = part;
     let is_first = pairs.start == 0;
     let mut sums = [[_mm512_setzero_ph(); 4]; M];
     // SAFETY: `Product` covers the pairs of the panel and of `M` rows from `row` on.
@@ -142,9 +138,9 @@ unsafe fn tile_fp16<const M: usize, const AHEAD: bool>(scaled: Scaled, part: Par
             let weights = p.panel.add(pair * 2 * WIDTH);
             // One row waits for memory in any case, and leaves no time to ask for more.
             if AHEAD {
-                for line in ahead.clone() {
+                for line in lines.clone() {
                     // Beyond the last panel there is nothing, and asking for it is harmless.
-                    let next = weights.wrapping_add((TERMS * LINES + line) * 32);
+                    let next = weights.wrapping_add((distance * LINES + line) * 32);
                     _mm_prefetch::<_MM_HINT_T1>(next.cast());
                 }
             }
@@ -203,34 +199,44 @@ fn add_halves(x: __m512h) -> __m512 {
 /// As [`Product`] says; the processor has AVX512-BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
 pub(super) unsafe fn product_bf16(p: Product<u16, u16>) {
-    let mut row = 0;
-    while row < p.rows {
-        let rows = (p.rows - row).min(6);
-        // SAFETY: the caller's; `rows` rows from `row` on are there.
+    for (tile, row) in (0..p.rows).step_by(6).enumerate() {
+        let tile = (tile, p.rows.div_ceil(6));
+        let part = Part::new(row, tile, p.inputs.div_ceil(2), LINES * CACHE_LINE_BYTES);
+        // SAFETY: the caller's; as many rows from `row` on are there.
         unsafe {
-            match rows {
-                1 => tile_bf16::<1>(p, row),
-                2 => tile_bf16::<2>(p, row),
-                3 => tile_bf16::<3>(p, row),
-                4 => tile_bf16::<4>(p, row),
-                5 => tile_bf16::<5>(p, row),
-                _ => tile_bf16::<6>(p, row),
+            match p.rows - row {
+                1 => tile_bf16::<1>(p, part),
+                2 => tile_bf16::<2>(p, part),
+                3 => tile_bf16::<3>(p, part),
+                4 => tile_bf16::<4>(p, part),
+                5 => tile_bf16::<5>(p, part),
+                _ => tile_bf16::<6>(p, part),
             }
         }
-        row += rows;
     }
 }
 
 /// # Safety
 /// As [`product_bf16`] says, and `row + M <= rows`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
-unsafe fn tile_bf16<const M: usize>(p: Product<u16, u16>, row: usize) {
+unsafe fn tile_bf16<const M: usize>(p: Product<u16, u16>, part: Part) {
+    let Part {
+        row,
+        lines,
+        distance,
+    } = part;
+    let pairs = p.inputs.div_ceil(2);
     let mut sums = [[_mm512_setzero_ps(); 4]; M];
     // SAFETY: `Product` covers all pairs of inputs of the panel and of `M` rows from `row` on.
     unsafe {
         let x = p.x.add(row * p.x_stride);
-        for pair in 0..p.inputs.div_ceil(2) {
+        for pair in 0..pairs {
             let weights = p.panel.add(pair * 2 * WIDTH);
+            for line in lines.clone() {
+                // Beyond the last panel there is nothing, and asking for it is harmless.
+                let next = weights.wrapping_add((distance * LINES + line) * 32);
+                _mm_prefetch::<_MM_HINT_T1>(next.cast());
+            }
             let mut panel = [_mm512_setzero_si512(); 4];
             for (v, panel) in panel.iter_mut().enumerate() {
                 *panel = _mm512_loadu_si512(weights.add(v * 32).cast());
@@ -243,10 +249,7 @@ unsafe fn tile_bf16<const M: usize>(p: Product<u16, u16>, row: usize) {
                 }
             }
         }
-        let s = Avx512::assume();
-        for (m, sums) in sums.iter().enumerate() {
-            finish(s, sums, p.bias, p.out.add((row + m) * p.out_stride), p.add);
-        }
+        write_rows(Avx512::assume(), &sums, &p, row);
     }
 }
 

@@ -108,9 +108,9 @@ macro_rules! instantiate {
     };
 }
 
-instantiate!(portable, Scalar, Scalar, rows 3, rows_bf16 2, vectors 2);
+instantiate!(portable, Scalar, Scalar, rows 3, rows_bf16 3, vectors 2);
 #[cfg(target_arch = "x86_64")]
-instantiate!(avx2, Avx2::assume(), Avx2, rows 6, rows_bf16 4, vectors 2, "avx2,fma");
+instantiate!(avx2, Avx2::assume(), Avx2, rows 6, rows_bf16 6, vectors 2, "avx2,fma");
 #[cfg(target_arch = "x86_64")]
-instantiate!(avx512, Avx512::assume(), Avx512, rows 6, rows_bf16 6, vectors 4,
+instantiate!(avx512, Avx512::assume(), Avx512, rows 6, rows_bf16 5, vectors 4,
     "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma");

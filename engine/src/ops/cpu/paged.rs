@@ -131,40 +131,55 @@ impl CpuOps {
         let rows = batch.rows();
         let stride = out.stride;
         let out = Shared::new(out.data.as_mut_ptr());
-        self.pool.run(tiles.len() * shape.kv_heads, &|item| {
-            let (index, token) = tiles[item / shape.kv_heads];
-            let head = item % shape.kv_heads;
+        // Heads of one tile follow each other in memory: take them together if there is enough else
+        // to share among the threads.
+        let heads_per_item = if tiles.len() >= 4 * self.threads() {
+            shape.kv_heads
+        } else {
+            1
+        };
+        let items = shape.kv_heads / heads_per_item;
+        self.pool.run(tiles.len() * items, &|item| {
+            let (index, token) = tiles[item / items];
             let sequence = &batch.sequences[index];
             let tokens = tile.min(sequence.rows.len() - token);
             let row = sequence.rows.start + token;
             let blocks = &batch.blocks[sequence.blocks.clone()];
-            let key_run = |position: usize| {
-                let run = kv.run_ptr(blocks[position / block_tokens], layer);
-                let token = position % block_tokens;
-                let at = head * head_elements + token * shape.head_dim;
-                let key = run.as_ptr().cast::<K>().cast_const().wrapping_add(at);
-                (key, block_tokens - token)
-            };
-            let first_query = (head * rows + row) * group * shape.head_dim;
-            SCRATCH.with_borrow_mut(|scratch| {
-                let mut attend = Attend {
-                    queries: queries.data.as_slice()[first_query..].as_ptr(),
-                    group,
-                    head_dim: shape.head_dim,
-                    tokens,
-                    position: sequence.position + token,
-                    window: shape.window.map_or(usize::MAX, |window| window as usize),
-                    key_run: &key_run,
-                    value_offset: shape.kv_heads * head_elements,
-                    out: out.at(row * stride + head * group * shape.head_dim),
-                    out_stride: stride,
-                    scratch,
+            let heads = item % items * heads_per_item..(item % items + 1) * heads_per_item;
+            for head in heads.clone() {
+                let key_run = |position: usize| {
+                    let run = kv.run_ptr(blocks[position / block_tokens], layer);
+                    let token = position % block_tokens;
+                    let at = head * head_elements + token * shape.head_dim;
+                    let key = run.as_ptr().cast::<K>().cast_const().wrapping_add(at);
+                    (key, block_tokens - token)
                 };
-                // SAFETY: the queries of this head are contiguous and there; the block table
-                // covers every position, and `KvView` promises the runs; this item alone writes
-                // these heads of these rows.
-                unsafe { kernel(&mut attend) };
-            });
+                let first_query = (head * rows + row) * group * shape.head_dim;
+                SCRATCH.with_borrow_mut(|scratch| {
+                    let mut attend = Attend {
+                        queries: queries.data.as_slice()[first_query..].as_ptr(),
+                        group,
+                        head_dim: shape.head_dim,
+                        tokens,
+                        position: sequence.position + token,
+                        window: shape.window.map_or(usize::MAX, |window| window as usize),
+                        key_run: &key_run,
+                        value_offset: shape.kv_heads * head_elements,
+                        next_head: if head + 1 < heads.end {
+                            head_elements
+                        } else {
+                            0
+                        },
+                        out: out.at(row * stride + head * group * shape.head_dim),
+                        out_stride: stride,
+                        scratch,
+                    };
+                    // SAFETY: the queries of this head are contiguous and there; the block table
+                    // covers every position, and `KvView` promises the runs; this item alone
+                    // writes these heads of these rows.
+                    unsafe { kernel(&mut attend) };
+                });
+            }
         });
     }
 

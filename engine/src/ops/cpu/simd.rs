@@ -43,10 +43,14 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// `from` is valid for reading `LANES` numbers of 16 bits.
     unsafe fn load_bf16(self, from: *const u16) -> Self::F;
-    /// Widens interleaved bfloat16: the even elements and the odd ones.
+    /// Widens the even ones of `2 * LANES` bfloat16.
     /// # Safety
     /// `from` is valid for reading `2 * LANES` numbers of 16 bits.
-    unsafe fn load_bf16_pairs(self, from: *const u16) -> (Self::F, Self::F);
+    unsafe fn load_bf16_even(self, from: *const u16) -> Self::F;
+    /// Widens the odd ones of `2 * LANES` bfloat16.
+    /// # Safety
+    /// `from` is valid for reading `2 * LANES` numbers of 16 bits.
+    unsafe fn load_bf16_odd(self, from: *const u16) -> Self::F;
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
     fn sub(self, a: Self::F, b: Self::F) -> Self::F;
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
@@ -63,6 +67,10 @@ pub(super) trait Simd: Copy {
     fn sum(self, x: Self::F) -> f32;
     /// Greatest of the numbers.
     fn greatest(self, x: Self::F) -> f32;
+
+    /// Asks for the cache line at an address, which need not be valid.
+    #[inline(always)]
+    fn prefetch(self, _at: *const u8) {}
 
     /// Turns a square: number `r` of row `c` goes to `to + r * stride + c`.
     ///
@@ -152,14 +160,16 @@ impl Simd for Scalar {
         bits.map(|bits| f32::from_bits(u32::from(bits) << 16))
     }
     #[inline(always)]
-    unsafe fn load_bf16_pairs(self, from: *const u16) -> (ScalarF, ScalarF) {
+    unsafe fn load_bf16_even(self, from: *const u16) -> ScalarF {
         // SAFETY: the caller's; unaligned.
         let pairs = unsafe { from.cast::<[[u16; 2]; SCALAR_LANES]>().read_unaligned() };
-        let widen = |bits: u16| f32::from_bits(u32::from(bits) << 16);
-        (
-            pairs.map(|pair| widen(pair[0])),
-            pairs.map(|pair| widen(pair[1])),
-        )
+        pairs.map(|[even, _]| f32::from_bits(u32::from(even) << 16))
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_odd(self, from: *const u16) -> ScalarF {
+        // SAFETY: the caller's; unaligned.
+        let pairs = unsafe { from.cast::<[[u16; 2]; SCALAR_LANES]>().read_unaligned() };
+        pairs.map(|[_, odd]| f32::from_bits(u32::from(odd) << 16))
     }
     #[inline(always)]
     fn add(self, a: ScalarF, b: ScalarF) -> ScalarF {
@@ -292,6 +302,10 @@ mod x86 {
         const LANES: usize = 8;
 
         #[inline(always)]
+        fn prefetch(self, at: *const u8) {
+            proven!(self: _mm_prefetch::<_MM_HINT_T1>(at.cast()));
+        }
+        #[inline(always)]
         fn splat(self, x: f32) -> __m256 {
             proven!(self: _mm256_set1_ps(x))
         }
@@ -310,11 +324,16 @@ mod x86 {
             proven!(self: _mm256_castsi256_ps(wide))
         }
         #[inline(always)]
-        unsafe fn load_bf16_pairs(self, from: *const u16) -> (__m256, __m256) {
+        unsafe fn load_bf16_even(self, from: *const u16) -> __m256 {
             let pairs = proven!(self: _mm256_loadu_si256(from.cast()));
-            let high = proven!(self: _mm256_and_si256(pairs, _mm256_set1_epi32(!0xffff)));
-            let low = proven!(self: _mm256_slli_epi32::<16>(pairs));
-            proven!(self: (_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)))
+            let even = proven!(self: _mm256_slli_epi32::<16>(pairs));
+            proven!(self: _mm256_castsi256_ps(even))
+        }
+        #[inline(always)]
+        unsafe fn load_bf16_odd(self, from: *const u16) -> __m256 {
+            let pairs = proven!(self: _mm256_loadu_si256(from.cast()));
+            let odd = proven!(self: _mm256_and_si256(pairs, _mm256_set1_epi32(!0xffff)));
+            proven!(self: _mm256_castsi256_ps(odd))
         }
         #[inline(always)]
         fn add(self, a: __m256, b: __m256) -> __m256 {
@@ -392,11 +411,16 @@ mod x86 {
             proven!(self: _mm512_castsi512_ps(wide))
         }
         #[inline(always)]
-        unsafe fn load_bf16_pairs(self, from: *const u16) -> (__m512, __m512) {
+        unsafe fn load_bf16_even(self, from: *const u16) -> __m512 {
             let pairs = proven!(self: _mm512_loadu_si512(from.cast()));
-            let high = proven!(self: _mm512_and_si512(pairs, _mm512_set1_epi32(!0xffff)));
-            let low = proven!(self: _mm512_slli_epi32::<16>(pairs));
-            proven!(self: (_mm512_castsi512_ps(low), _mm512_castsi512_ps(high)))
+            let even = proven!(self: _mm512_slli_epi32::<16>(pairs));
+            proven!(self: _mm512_castsi512_ps(even))
+        }
+        #[inline(always)]
+        unsafe fn load_bf16_odd(self, from: *const u16) -> __m512 {
+            let pairs = proven!(self: _mm512_loadu_si512(from.cast()));
+            let odd = proven!(self: _mm512_and_si512(pairs, _mm512_set1_epi32(!0xffff)));
+            proven!(self: _mm512_castsi512_ps(odd))
         }
         #[inline(always)]
         fn add(self, a: __m512, b: __m512) -> __m512 {
@@ -442,6 +466,10 @@ mod x86 {
         #[inline(always)]
         fn greatest(self, x: __m512) -> f32 {
             proven!(self: _mm512_reduce_max_ps(x))
+        }
+        #[inline(always)]
+        fn prefetch(self, at: *const u8) {
+            proven!(self: _mm_prefetch::<_MM_HINT_T1>(at.cast()));
         }
         #[inline(always)]
         unsafe fn transpose(self, rows: *const *const f32, to: *mut f32, stride: usize) {

@@ -337,6 +337,7 @@ impl AttendCase<'_> {
             window: self.window,
             key_run: &key_run,
             value_offset: self.block_tokens * self.dim,
+            next_head: 0,
             out: out.as_mut_ptr(),
             out_stride: stride,
             scratch: &mut Scratch::default(),
