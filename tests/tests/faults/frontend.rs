@@ -28,7 +28,7 @@ fn a_short_stop_is_not_noticed() -> Result<()> {
 /// clients learn what became of their requests when it goes on.
 #[test]
 fn a_long_stop_frees_the_blocks() -> Result<()> {
-    let scene = Scene::new(&[Role::Prefill, Role::Decode], "shm,tcp")?;
+    let mut scene = Scene::new(&[Role::Prefill, Role::Decode], "shm,tcp")?;
     let bodies = streams(32, 4, 100, 3000);
     let running = scene.start(bodies);
     running.wait_begun()?;
@@ -36,6 +36,9 @@ fn a_long_stop_frees_the_blocks() -> Result<()> {
     wait::pass(Duration::from_secs(6));
     process::send(frontend, Signal::CONT)?;
     let outcome = running.finish()?;
+    // It has lost its connections to them meanwhile.
+    scene.wait_workers(Role::Decode, 1)?;
+    scene.wait_workers(Role::Prefill, 1)?;
     let reference = scene.reference(&streams(32, 4, 100, 3000))?;
     outcome.check(&reference)?;
     scene.end()
