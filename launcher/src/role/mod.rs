@@ -3,11 +3,12 @@
 pub(crate) mod frontend;
 pub(crate) mod worker;
 
-use std::time::Duration;
+use std::{io::stdin, os::fd::AsFd, time::Duration};
 
 use anyhow::Context;
 use tokio::{
     io::AsyncReadExt,
+    net::unix::pipe,
     signal::unix::{SignalKind, signal},
 };
 
@@ -61,19 +62,21 @@ async fn stop_requested(exit_with_parent: bool) -> anyhow::Result<&'static str> 
     Ok(tokio::select! {
         _ = interrupt.recv() => "SIGINT",
         _ = terminate.recv() => "SIGTERM",
-        () = parent_gone(exit_with_parent) => "the launcher has ended",
+        gone = parent_gone(exit_with_parent) => gone.map(|()| "the launcher has ended")?,
     })
 }
 
 /// Completes when standard input, a pipe whose other end the launcher holds, is closed.
-async fn parent_gone(watched: bool) {
+async fn parent_gone(watched: bool) -> anyhow::Result<()> {
     if !watched {
         return std::future::pending().await;
     }
-    let mut stdin = tokio::io::stdin();
-    let mut byte = [0; 1];
-    // Nobody writes to it: whatever it returns, the other end is gone.
-    let _ = stdin.read(&mut byte).await;
+    let pipe = stdin().as_fd().try_clone_to_owned()?;
+    let mut pipe = pipe::Receiver::from_owned_fd(pipe)
+        .context("--exit-with-parent needs a pipe as standard input")?;
+    // Nobody writes to it: whatever comes, the other end is gone.
+    let _ended = pipe.read(&mut [0; 1]).await;
+    Ok(())
 }
 
 /// The async runtime of a role. Requests are small messages; the work is on the engine's threads.
