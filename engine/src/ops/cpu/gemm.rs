@@ -119,13 +119,19 @@ pub(super) unsafe fn product<S: Simd, P: Panel, const ROWS: usize, const VECTORS
         let part = Part::new(row, which, p.inputs.div_ceil(P::STEP), bytes);
         // SAFETY: the caller's; as many rows from `row` on are there.
         unsafe {
-            match (p.rows - row).min(ROWS) {
-                1 => tile::<S, P, 1, VECTORS>(s, p, part),
-                2 => tile::<S, P, 2, VECTORS>(s, p, part),
-                3 => tile::<S, P, 3, VECTORS>(s, p, part),
-                4 => tile::<S, P, 4, VECTORS>(s, p, part),
-                5 => tile::<S, P, 5, VECTORS>(s, p, part),
-                _ => tile::<S, P, 6, VECTORS>(s, p, part),
+            match ((p.rows - row).min(ROWS), part.lines.is_empty()) {
+                (1, true) => tile::<S, P, 1, VECTORS, false>(s, p, part),
+                (2, true) => tile::<S, P, 2, VECTORS, false>(s, p, part),
+                (3, true) => tile::<S, P, 3, VECTORS, false>(s, p, part),
+                (4, true) => tile::<S, P, 4, VECTORS, false>(s, p, part),
+                (5, true) => tile::<S, P, 5, VECTORS, false>(s, p, part),
+                (_, true) => tile::<S, P, 6, VECTORS, false>(s, p, part),
+                (1, false) => tile::<S, P, 1, VECTORS, true>(s, p, part),
+                (2, false) => tile::<S, P, 2, VECTORS, true>(s, p, part),
+                (3, false) => tile::<S, P, 3, VECTORS, true>(s, p, part),
+                (4, false) => tile::<S, P, 4, VECTORS, true>(s, p, part),
+                (5, false) => tile::<S, P, 5, VECTORS, true>(s, p, part),
+                (_, false) => tile::<S, P, 6, VECTORS, true>(s, p, part),
             }
         }
     }
@@ -173,7 +179,7 @@ impl Part {
 /// # Safety
 /// As [`Product`] says, and `row + M <= rows`.
 #[inline(always)]
-unsafe fn tile<S: Simd, P: Panel, const M: usize, const V: usize>(
+unsafe fn tile<S: Simd, P: Panel, const M: usize, const V: usize, const AHEAD: bool>(
     s: S,
     p: Product<f32, P>,
     part: Part,
@@ -192,10 +198,12 @@ unsafe fn tile<S: Simd, P: Panel, const M: usize, const V: usize>(
             // Loops and not closures, which do not inherit the instruction set; one input after the
             // other, so that the weights of one only take up registers.
             let panel = p.panel.add(step * V * S::LANES * P::STORED);
-            for line in lines.clone() {
+            if AHEAD {
                 // Beyond the last panel there is nothing, and asking for it is harmless.
                 let next = panel.wrapping_add(distance * V * S::LANES * P::STORED);
-                s.prefetch(next.cast::<u8>().wrapping_add(line * CACHE_LINE_BYTES));
+                for line in lines.clone() {
+                    s.prefetch(next.cast::<u8>().wrapping_add(line * CACHE_LINE_BYTES));
+                }
             }
             let mut weights = [s.splat(0.0); V];
             for (v, weights) in weights.iter_mut().enumerate() {

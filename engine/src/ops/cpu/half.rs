@@ -52,7 +52,8 @@ pub(super) fn scales(magnitude: f32) -> (f32, f32) {
     }
 }
 
-/// Scales `n` numbers and rounds them to half precision; returns the inverse of the scale.
+/// Scales `n` numbers and rounds them to half precision; returns the inverse of the scale, or NaN
+/// if not all numbers are finite: the products do not carry infinities and NaN, their scale does.
 ///
 /// # Safety
 /// `x` is valid for reading `n` numbers, `out` for writing as many; the processor has
@@ -63,6 +64,7 @@ pub(super) unsafe fn narrow_fp16(n: usize, x: *const f32, out: *mut u16) -> f32 
     let s = unsafe { Avx512::assume() };
     // SAFETY: the caller's.
     let (down, up) = scales(unsafe { rows::magnitude(s, n, x) });
+    let mut finite = true;
     for i in (0..n).step_by(Avx512::LANES) {
         // At most 15, shifted into the low bits.
         let mask = (1_u32 << (n - i).min(Avx512::LANES)) - 1;
@@ -71,12 +73,14 @@ pub(super) unsafe fn narrow_fp16(n: usize, x: *const f32, out: *mut u16) -> f32 
         // SAFETY: the caller's; the mask ends at `n`.
         unsafe {
             let v = _mm512_maskz_loadu_ps(mask, x.add(i));
+            // Quiet and signalling NaN, both infinities.
+            finite &= _mm512_fpclass_ps_mask::<0b1001_1001>(v) == 0;
             let v = _mm512_mul_ps(v, _mm512_set1_ps(down));
             let half = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v);
             _mm256_mask_storeu_epi16(out.add(i).cast(), mask, half);
         }
     }
-    up
+    if finite { up } else { f32::NAN }
 }
 
 /// All rows against a panel `[input / 2][64][2]` of half precision.
@@ -98,12 +102,13 @@ pub(super) unsafe fn product_fp16(p: Scaled) {
             // SAFETY: the caller's; `rows` rows from `row` on are there, and so are the pairs.
             unsafe {
                 match p.product.rows - row {
-                    1 if tiles == 1 => tile_fp16::<1, false>(p, part, chunk),
-                    1 => tile_fp16::<1, true>(p, part, chunk),
+                    // One row alone waits for memory in any case, and asking takes its time.
+                    1 => tile_fp16::<1, false>(p, part, chunk),
                     2 => tile_fp16::<2, true>(p, part, chunk),
                     3 => tile_fp16::<3, true>(p, part, chunk),
                     4 => tile_fp16::<4, true>(p, part, chunk),
                     5 => tile_fp16::<5, true>(p, part, chunk),
+                    _ if part.lines.is_empty() => tile_fp16::<6, false>(p, part, chunk),
                     _ => tile_fp16::<6, true>(p, part, chunk),
                 }
             }
@@ -136,7 +141,6 @@ unsafe fn tile_fp16<const M: usize, const AHEAD: bool>(
         let x = p.x.add(row * p.x_stride);
         for pair in pairs {
             let weights = p.panel.add(pair * 2 * WIDTH);
-            // One row waits for memory in any case, and leaves no time to ask for more.
             if AHEAD {
                 for line in lines.clone() {
                     // Beyond the last panel there is nothing, and asking for it is harmless.
@@ -205,12 +209,13 @@ pub(super) unsafe fn product_bf16(p: Product<u16, u16>) {
         // SAFETY: the caller's; as many rows from `row` on are there.
         unsafe {
             match p.rows - row {
-                1 => tile_bf16::<1>(p, part),
-                2 => tile_bf16::<2>(p, part),
-                3 => tile_bf16::<3>(p, part),
-                4 => tile_bf16::<4>(p, part),
-                5 => tile_bf16::<5>(p, part),
-                _ => tile_bf16::<6>(p, part),
+                1 => tile_bf16::<1, true>(p, part),
+                2 => tile_bf16::<2, true>(p, part),
+                3 => tile_bf16::<3, true>(p, part),
+                4 => tile_bf16::<4, true>(p, part),
+                5 => tile_bf16::<5, true>(p, part),
+                _ if part.lines.is_empty() => tile_bf16::<6, false>(p, part),
+                _ => tile_bf16::<6, true>(p, part),
             }
         }
     }
@@ -219,7 +224,7 @@ pub(super) unsafe fn product_bf16(p: Product<u16, u16>) {
 /// # Safety
 /// As [`product_bf16`] says, and `row + M <= rows`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
-unsafe fn tile_bf16<const M: usize>(p: Product<u16, u16>, part: Part) {
+unsafe fn tile_bf16<const M: usize, const AHEAD: bool>(p: Product<u16, u16>, part: Part) {
     let Part {
         row,
         lines,
@@ -232,10 +237,12 @@ unsafe fn tile_bf16<const M: usize>(p: Product<u16, u16>, part: Part) {
         let x = p.x.add(row * p.x_stride);
         for pair in 0..pairs {
             let weights = p.panel.add(pair * 2 * WIDTH);
-            for line in lines.clone() {
-                // Beyond the last panel there is nothing, and asking for it is harmless.
-                let next = weights.wrapping_add((distance * LINES + line) * 32);
-                _mm_prefetch::<_MM_HINT_T1>(next.cast());
+            if AHEAD {
+                for line in lines.clone() {
+                    // Beyond the last panel there is nothing, and asking for it is harmless.
+                    let next = weights.wrapping_add((distance * LINES + line) * 32);
+                    _mm_prefetch::<_MM_HINT_T1>(next.cast());
+                }
             }
             let mut panel = [_mm512_setzero_si512(); 4];
             for (v, panel) in panel.iter_mut().enumerate() {

@@ -114,12 +114,16 @@ pub(super) fn pack(
                         .map_while(|lane| row(panel * width + lane))
                         .enumerate()
                 };
-                let mut magnitude = 0.0_f32;
+                let (mut magnitude, mut finite) = (0.0_f32, true);
                 for (_, row) in rows() {
-                    row.for_each(|_, x| magnitude = magnitude.max(x.abs()));
+                    row.for_each(|_, x| {
+                        magnitude = magnitude.max(x.abs());
+                        finite &= x.is_finite();
+                    });
                 }
                 let (down, up) = super::fp16_scales(magnitude);
-                inverse[0] = up;
+                // The products do not carry infinities and NaN; their scale does.
+                inverse[0] = if finite { up } else { f32::NAN };
                 for (lane, row) in rows() {
                     row.for_each(|input, x| {
                         let at = (input / 2 * width + lane) * 2 + input % 2;

@@ -418,3 +418,47 @@ fn half_precision_takes_outliers() {
         }
     }
 }
+
+#[test]
+fn what_is_not_finite_stays_visible() {
+    // A row, or a weight, that is NaN or infinite must not come out as a plausible number.
+    let shape = Shape {
+        rows: 3,
+        inputs: 70,
+        parts: vec![64, 64],
+        dtype: DType::F32,
+        threads: 1,
+        add: false,
+        seed: 0,
+    };
+    let bias = [0.0; 128];
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for isa in Isa::available() {
+            for compute in [Compute::F32, Compute::Bf16] {
+                let ops = ops(compute, isa, 1);
+                let (mut x, mut w) = (numbers(3 * 70, 1), numbers(128 * 70, 2));
+                x[70 + 69] = bad;
+                let out = run_linear(&ops, &shape, 3, &w, &x, &bias);
+                assert!(
+                    out.row(0).iter().all(|y| y.is_finite()),
+                    "{isa} {compute:?}"
+                );
+                assert!(
+                    out.row(1).iter().all(|y| !y.is_finite()),
+                    "{isa} {compute:?}"
+                );
+                x[70 + 69] = 1.0;
+                w[100 * 70 + 3] = bad;
+                let out = run_linear(&ops, &shape, 3, &w, &x, &bias);
+                assert!(
+                    (0..3).all(|row| !out.row(row)[100].is_finite()),
+                    "{isa} {compute:?}"
+                );
+                assert!(
+                    (0..3).all(|row| out.row(row)[0].is_finite()),
+                    "{isa} {compute:?}"
+                );
+            }
+        }
+    }
+}
