@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use blockplane_engine::ops::Isa;
 use blockplane_protocol::{EndpointId, WorkerRole};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
@@ -95,6 +96,10 @@ pub(crate) struct WorkerArgs {
     /// Arithmetic of the native engine.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) compute: ComputeArg,
+    /// Instruction set of the native engine (portable, avx2, avx512, avx512-bf16, avx512-fp16); the
+    /// fastest that the processor has when absent.
+    #[arg(long)]
+    pub(crate) isa: Option<Isa>,
     /// Compute threads; all cores when absent.
     #[arg(long)]
     pub(crate) threads: Option<usize>,

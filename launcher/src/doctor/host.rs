@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use blockplane_engine::ops::Isa;
 use rustix::process::{Resource, getrlimit};
 
 use super::{Finding, Roots, Verdict, read};
@@ -34,37 +35,19 @@ pub(super) fn cores(roots: &Roots<'_>) -> Finding {
 }
 
 pub(super) fn instructions() -> Finding {
-    let widest = widest_instruction_set();
-    let good = widest.starts_with("avx512");
+    let best = Isa::best();
+    let good = best >= Isa::Avx512;
     Finding {
         name: "instruction set",
         verdict: if good { Verdict::Ok } else { Verdict::Limited },
-        found: format!("widest that the kernels know: {widest}"),
-        used: "native engine, chosen when it starts".to_owned(),
+        found: format!("fastest that the kernels know: {best}"),
+        used: "native engine, unless --isa names another".to_owned(),
         advice: if good {
             String::new()
         } else {
-            "it runs; a processor with AVX-512 BF16 is several times faster".to_owned()
+            "it runs; a processor with AVX-512 is several times faster".to_owned()
         },
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-fn widest_instruction_set() -> &'static str {
-    if is_x86_feature_detected!("avx512bf16") {
-        "avx512-bf16"
-    } else if is_x86_feature_detected!("avx512f") {
-        "avx512"
-    } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        "avx2"
-    } else {
-        "portable"
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn widest_instruction_set() -> &'static str {
-    "portable"
 }
 
 fn meminfo(roots: &Roots<'_>) -> BTreeMap<String, u64> {

@@ -47,7 +47,9 @@ fn native(settings: &Settings) -> anyhow::Result<Arc<dyn Engine>> {
         ComputeArg::F32 => Compute::F32,
     };
     let dir = settings.model_dir.display();
-    let model = Model::load(&settings.model_dir, &LoadOptions::new(compute, threads))
+    let mut options = LoadOptions::new(compute, threads);
+    options.cpu.isa = args.isa;
+    let model = Model::load(&settings.model_dir, &options)
         .with_context(|| format!("the model in {dir} cannot be served"))?;
     let engine = NativeEngine::start(&model, &engine_config(settings)?)
         .with_context(|| format!("the engine for the model in {dir} cannot be started"))?;
