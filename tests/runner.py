@@ -38,6 +38,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 VENV = CACHE / "venv"
 FIXTURES = CACHE / "fixtures"
+LOOM_TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "loom"
 MAKE_FIXTURES = ROOT / "tests/fixtures/make_fixtures.py"
 REQUIREMENTS = ROOT / "tests/requirements.txt"
 
@@ -163,6 +164,7 @@ def run_groups(groups, tally):
             timed(f"{group}: {name}", lambda: run_executable(group, name, folder, path, tally))
         if group == "unit":
             timed("unit: doc tests", lambda: run_doc_tests(tally))
+            timed("unit: loom models", lambda: run_loom(tally))
 
 
 def install_tools():
@@ -310,6 +312,16 @@ def run_doc_tests(tally):
     command = ["cargo", "test", "--release", "--workspace", "--doc"]
     code, output = stream(command, ROOT, LIMIT_S["unit"], hide=PASSED)
     count_rust("unit: doc tests", code, output, tally)
+
+
+def run_loom(tally):
+    """Every order in which threads can meet. The flag changes all crates below, so it has a target
+    folder of its own; what is built there is small."""
+    flags = dict(os.environ, RUSTFLAGS="--cfg loom")
+    command = ["cargo", "test", "--release", "-p", "blockplane-transfer", "--lib"]
+    command += ["--target-dir", str(LOOM_TARGET), "loom_"]
+    code, output = stream(command, ROOT, LIMIT_S["unit"], flags, hide=PASSED)
+    count_rust("unit: loom models", code, output, tally)
 
 
 PASSED = re.compile(r"^test .* \.\.\. ok$|^$|^running \d+ tests?$")
