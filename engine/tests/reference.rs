@@ -41,6 +41,36 @@ fn float32_logits_are_those_of_transformers() {
 }
 
 #[test]
+fn long_prompts_are_as_exact() {
+    for (name, folder) in all_fixtures() {
+        let long = Reference::read(&folder).long;
+        let first = long.ids.len() - long.logits.len();
+        for (compute, tolerance) in [(Compute::F32, 1e-4), (Compute::Bf16, f32::MAX)] {
+            let mut runner = Runner::new(&folder, compute, THREADS, None);
+            let blocks = HeapKv::table(0, 1);
+            for (index, theirs) in long.logits.iter().enumerate() {
+                // The first in two large chunks, the others as decode steps.
+                let end = first + index + 1;
+                let ours = if index == 0 {
+                    runner.step(&long.ids[..1234], 0, &blocks);
+                    runner.step(&long.ids[1234..end], 1234, &blocks)
+                } else {
+                    runner.step(&long.ids[end - 1..end], end - 1, &blocks)
+                };
+                let (difference, relative) =
+                    (max_difference(&ours, theirs), relative_error(&ours, theirs));
+                println!(
+                    "{name} {compute:?} position {}: {difference:.2e} {relative:.2e}",
+                    end - 1
+                );
+                assert!(difference < tolerance, "{name} {compute:?}: {difference}");
+                assert!(relative < 2e-2, "{name} {compute:?}: {relative}");
+            }
+        }
+    }
+}
+
+#[test]
 fn greedy_tokens_are_those_of_transformers() {
     for (name, folder) in all_fixtures() {
         let reference = Reference::read(&folder);

@@ -33,13 +33,16 @@ pub(crate) const GENERATED: [&str; 10] = [
 /// What transformers computed.
 pub(crate) struct Reference {
     pub(crate) prompts: Vec<Prompt>,
+    /// 2,000 random tokens, and the logits of the last few positions.
+    pub(crate) long: Prompt,
 }
 
 /// One prompt and what follows it.
 pub(crate) struct Prompt {
     pub(crate) ids: Vec<TokenId>,
-    /// One row per prompt position.
+    /// One row per prompt position, or for the last positions only.
     pub(crate) logits: Vec<Vec<f32>>,
+    /// What follows, where it was recorded.
     pub(crate) greedy: Vec<TokenId>,
 }
 
@@ -93,19 +96,21 @@ impl Reference {
         let ids = |name: &str| -> Option<Vec<TokenId>> {
             Some(words(name)?.0.into_iter().map(u32::from_le_bytes).collect())
         };
-        let prompts = (0..)
-            .map_while(|index| {
-                let (logits, shape) = words(&format!("prompt{index}.logits"))?;
-                let logits: Vec<f32> = logits.into_iter().map(f32::from_le_bytes).collect();
-                Some(Prompt {
-                    ids: ids(&format!("prompt{index}.ids"))?,
-                    logits: logits.chunks(shape[1]).map(<[f32]>::to_vec).collect(),
-                    greedy: ids(&format!("prompt{index}.greedy"))?,
-                })
+        let prompt = |name: &str| -> Option<Prompt> {
+            let (logits, shape) = words(&format!("{name}.logits"))?;
+            let logits: Vec<f32> = logits.into_iter().map(f32::from_le_bytes).collect();
+            Some(Prompt {
+                ids: ids(&format!("{name}.ids"))?,
+                logits: logits.chunks(shape[1]).map(<[f32]>::to_vec).collect(),
+                greedy: ids(&format!("{name}.greedy")).unwrap_or_default(),
             })
-            .collect::<Vec<_>>();
+        };
+        let prompts: Vec<_> = (0..)
+            .map_while(|index| prompt(&format!("prompt{index}")))
+            .collect();
         assert_eq!(prompts.len(), 3, "a fixture has three prompts");
-        Self { prompts }
+        let long = prompt("long").expect("a fixture has a long prompt");
+        Self { prompts, long }
     }
 }
 

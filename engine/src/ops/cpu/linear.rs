@@ -65,7 +65,8 @@ impl CpuOps {
         let panel_items = panels.div_ceil(panels_per_item);
         let stride = out.stride;
         let out = Shared::new(out.data.as_mut_ptr());
-        self.pool.run(row_items * panel_items, &|item| {
+        let operations = rows * weight.inputs * weight.outputs;
+        self.pool.run(row_items * panel_items, operations, &|item| {
             let first_row = item / panel_items * rows_per_item;
             let of_rows = first_row..rows.min(first_row + rows_per_item);
             let first = item % panel_items * panels_per_item;

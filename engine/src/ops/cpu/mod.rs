@@ -40,6 +40,8 @@ pub use self::isa::{Isa, IsaError};
 pub use self::pack::Weight;
 pub use self::pool::PoolError;
 
+/// What an element-wise loop does with each number, roughly.
+const OPERATIONS_PER_NUMBER: usize = 10;
 /// Rows of one item of an element-wise loop.
 const ROWS_PER_ITEM: usize = 8;
 
@@ -172,9 +174,11 @@ impl CpuOps {
         self.pool.threads()
     }
 
-    /// Runs `body` on ranges that cover `0..rows`.
-    fn for_rows(&self, rows: usize, body: &(dyn Fn(Range<usize>) + Sync)) {
-        self.pool.run(rows.div_ceil(ROWS_PER_ITEM), &|item| {
+    /// Runs `body` on ranges that cover `0..rows`, each of `columns` numbers.
+    fn for_rows(&self, rows: usize, columns: usize, body: &(dyn Fn(Range<usize>) + Sync)) {
+        let operations = rows * columns * OPERATIONS_PER_NUMBER;
+        let items = rows.div_ceil(ROWS_PER_ITEM);
+        self.pool.run(items, operations, &|item| {
             let first = item * ROWS_PER_ITEM;
             body(first..rows.min(first + ROWS_PER_ITEM));
         });
@@ -187,7 +191,7 @@ impl CpuOps {
         match &mut out.data {
             InputData::Wide(data) => {
                 let data = Shared::new(data.as_mut_ptr());
-                self.for_rows(rows, &|rows| {
+                self.for_rows(rows, columns, &|rows| {
                     for row in rows {
                         // SAFETY: every row is written by one item only.
                         fill(row, unsafe { data.slice(row * stride, columns) });
@@ -197,7 +201,7 @@ impl CpuOps {
             InputData::Narrow { data, scales } => {
                 let data = Shared::new(data.as_mut_ptr());
                 let scales = Shared::new(scales.as_mut_ptr());
-                self.for_rows(rows, &|rows| {
+                self.for_rows(rows, columns, &|rows| {
                     SCRATCH.with_borrow_mut(|scratch| {
                         let wide = scratch.get(columns);
                         for row in rows {
@@ -273,7 +277,7 @@ impl Ops for CpuOps {
         let (columns, stride) = (out.columns, out.stride);
         assert_eq!(columns, table.columns, "the buffer was made for the table");
         let out = Shared::new(out.data.as_mut_ptr());
-        self.for_rows(batch.rows(), &|rows| {
+        self.for_rows(batch.rows(), columns, &|rows| {
             for row in rows {
                 let token = batch.tokens[row] as usize;
                 let row_data = Row {
@@ -295,7 +299,7 @@ impl Ops for CpuOps {
         let (columns, stride) = (out.columns, out.stride);
         let frequencies = &frequencies.0.as_slice()[..columns / 2];
         let out = Shared::new(out.data.as_mut_ptr());
-        self.for_rows(batch.rows(), &|rows| {
+        self.for_rows(batch.rows(), columns, &|rows| {
             for row in rows {
                 let position = rows::position(batch.positions[row]);
                 // SAFETY: every row is written by one item only.

@@ -68,7 +68,7 @@ pub(super) fn pack(
             let length = inputs * width;
             let mut panels = Zeroed::new(count * length)?;
             let out = Shared::new(panels.as_mut_ptr());
-            pool.run(count, &|panel| {
+            pool.run(count, outputs * inputs, &|panel| {
                 // SAFETY: every panel is written by one item only.
                 let out = unsafe { out.slice(panel * length, length) };
                 for lane in 0..width {
@@ -84,7 +84,7 @@ pub(super) fn pack(
             let length = inputs.next_multiple_of(2) * width;
             let mut panels = Zeroed::new(count * length)?;
             let out = Shared::new(panels.as_mut_ptr());
-            pool.run(count, &|panel| {
+            pool.run(count, outputs * inputs, &|panel| {
                 // SAFETY: every panel is written by one item only.
                 let out = unsafe { out.slice(panel * length, length) };
                 for lane in 0..width {
@@ -104,7 +104,7 @@ pub(super) fn pack(
             let mut scales = Zeroed::new(count)?;
             let out = Shared::new(panels.as_mut_ptr());
             let inverses = Shared::new(scales.as_mut_ptr());
-            pool.run(count, &|panel| {
+            pool.run(count, outputs * inputs, &|panel| {
                 // SAFETY: every panel is written by one item only.
                 let out = unsafe { out.slice(panel * length, length) };
                 // SAFETY: and so is its scale.

@@ -71,7 +71,7 @@ impl CpuOps {
         let (query_norm, key_norm, eps) = norms.map_or((None, None, 0.0), |norms| {
             (Some(norms.query), Some(norms.key), norms.eps)
         });
-        self.for_rows(rows, &|of_rows| {
+        self.for_rows(rows, qkv.columns, &|of_rows| {
             SCRATCH.with_borrow_mut(|scratch| {
                 let turned = scratch.get(dim);
                 for row in of_rows {
@@ -139,7 +139,9 @@ impl CpuOps {
             1
         };
         let items = shape.kv_heads / heads_per_item;
-        self.pool.run(tiles.len() * items, &|item| {
+        let keys = |row: usize| batch.positions[row] as usize + 1;
+        let operations = (0..rows).map(keys).sum::<usize>() * 2 * shape.heads * shape.head_dim;
+        self.pool.run(tiles.len() * items, operations, &|item| {
             let (index, token) = tiles[item / items];
             let sequence = &batch.sequences[index];
             let tokens = tile.min(sequence.rows.len() - token);

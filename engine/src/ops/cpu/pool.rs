@@ -18,10 +18,14 @@ use thiserror::Error;
 
 /// The most threads of one pool.
 const THREADS_MAX: usize = 1024;
-/// Spins before an idle worker sleeps: about 100 microseconds, the time between two steps.
-const SPINS_IDLE: u32 = 2_000;
-/// Spins before a caller that waits for the last items gives its core to them.
-const SPINS_FINISH: u32 = 2_000;
+/// Spins before an idle worker sleeps: about 50 microseconds, more than the time between two loops
+/// of a step.
+const SPINS_IDLE: u32 = 1_000;
+/// Spins before a caller that waits for the last items sleeps.
+const SPINS_FINISH: u32 = 1_000;
+
+/// Arithmetic worth handing over: some microseconds of it.
+pub(super) const OPERATIONS_MIN: usize = 200_000;
 
 /// In `Shared::state`: no worker may join the loop any more.
 const CLOSED: u64 = 1 << 31;
@@ -75,6 +79,9 @@ struct Shared {
     sleepers: AtomicUsize,
     asleep: Mutex<()>,
     wake: Condvar,
+    /// Whether the caller of the loop sleeps until the last worker has left it.
+    caller_sleeps: AtomicBool,
+    left: Condvar,
     stop: AtomicBool,
 }
 
@@ -98,6 +105,8 @@ impl Pool {
             sleepers: AtomicUsize::new(0),
             asleep: Mutex::new(()),
             wake: Condvar::new(),
+            caller_sleeps: AtomicBool::new(false),
+            left: Condvar::new(),
             stop: AtomicBool::new(false),
         });
         let mut pool = Self {
@@ -121,13 +130,14 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Runs `body(0)` to `body(items - 1)`, in any order, on all threads, and returns when all are
-    /// done. The wait is bounded by the items that are running when the caller runs out of them.
+    /// Runs `body(0)` to `body(items - 1)`, in any order, and returns when all are done: on all
+    /// threads, or on this one alone if `operations`, a rough count of all arithmetic, says that
+    /// handing over would take longer. The wait is bounded by the items that are running when the caller runs out of them.
     ///
     /// # Panics
     /// With the payload of the first item that panicked, after the others are done.
-    pub(super) fn run(&self, items: usize, body: &(dyn Fn(usize) + Sync)) {
-        if items <= 1 || self.workers.is_empty() {
+    pub(super) fn run(&self, items: usize, operations: usize, body: &(dyn Fn(usize) + Sync)) {
+        if items <= 1 || operations < OPERATIONS_MIN || self.workers.is_empty() {
             (0..items).for_each(body);
             return;
         }
@@ -155,15 +165,7 @@ impl Pool {
         }
         shared.run_items(job);
         shared.state.fetch_or(CLOSED, Ordering::AcqRel);
-        let mut spins = 0;
-        while shared.state.load(Ordering::Acquire) & ACTIVE != 0 {
-            if spins < SPINS_FINISH {
-                spins += 1;
-                spin_loop();
-            } else {
-                std::thread::yield_now();
-            }
-        }
+        shared.wait_until_left();
         let panic = shared.panic.lock().take();
         if let Some(payload) = panic {
             resume_unwind(payload);
@@ -189,6 +191,24 @@ impl Shared {
         }
     }
 
+    /// Waits until no worker is inside the closed loop.
+    fn wait_until_left(&self) {
+        for _ in 0..SPINS_FINISH {
+            if self.state.load(Ordering::Acquire) & ACTIVE == 0 {
+                return;
+            }
+            spin_loop();
+        }
+        // Sequentially consistent together with `state`: either this thread sees that the last
+        // worker has left, or that worker sees that this thread sleeps.
+        self.caller_sleeps.store(true, Ordering::SeqCst);
+        let mut asleep = self.asleep.lock();
+        while self.state.load(Ordering::SeqCst) & ACTIVE != 0 {
+            self.left.wait(&mut asleep);
+        }
+        self.caller_sleeps.store(false, Ordering::SeqCst);
+    }
+
     fn work(&self) {
         let mut seen = 0;
         while let Some(state) = self.wait_for_loop(seen) {
@@ -203,7 +223,13 @@ impl Shared {
                     if let Some(job) = job {
                         self.run_items(job);
                     }
-                    self.state.fetch_sub(1, Ordering::Release);
+                    let before = self.state.fetch_sub(1, Ordering::SeqCst);
+                    if before & (CLOSED | ACTIVE) == CLOSED | 1
+                        && self.caller_sleeps.load(Ordering::SeqCst)
+                    {
+                        drop(self.asleep.lock());
+                        self.left.notify_one();
+                    }
                 }
                 // Another worker joined in between, or the loop closed: look again.
                 Err(now) if now / GENERATION == seen && now & CLOSED == 0 => seen -= 1,
@@ -271,7 +297,7 @@ mod tests {
             let pool = Pool::new(threads).unwrap();
             for items in [0, 1, 2, 7, 100, 1000] {
                 let counts: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
-                pool.run(items, &|item| {
+                pool.run(items, OPERATIONS_MIN, &|item| {
                     counts[item].fetch_add(1, Ordering::Relaxed);
                 });
                 assert!(
@@ -288,7 +314,7 @@ mod tests {
         let pool = Pool::new(4).unwrap();
         for round in 0..20_000_usize {
             let sum = AtomicUsize::new(0);
-            pool.run(5, &|item| {
+            pool.run(5, OPERATIONS_MIN, &|item| {
                 sum.fetch_add(round + item, Ordering::Relaxed);
             });
             assert_eq!(sum.into_inner(), 5 * round + 10);
@@ -303,7 +329,7 @@ mod tests {
                 scope.spawn(|| {
                     for _ in 0..500 {
                         let sum = AtomicUsize::new(0);
-                        pool.run(16, &|item| {
+                        pool.run(16, OPERATIONS_MIN, &|item| {
                             sum.fetch_add(item, Ordering::Relaxed);
                         });
                         assert_eq!(sum.into_inner(), 120);
@@ -318,17 +344,47 @@ mod tests {
         let pool = Pool::new(3).unwrap();
         let done = AtomicUsize::new(0);
         let result = catch_unwind(AssertUnwindSafe(|| {
-            pool.run(64, &|item| {
+            pool.run(64, OPERATIONS_MIN, &|item| {
                 assert_ne!(item, 20, "planted");
                 done.fetch_add(1, Ordering::Relaxed);
             });
         }));
         assert!(result.is_err());
         let count = AtomicUsize::new(0);
-        pool.run(64, &|_| {
+        pool.run(64, OPERATIONS_MIN, &|_| {
             count.fetch_add(1, Ordering::Relaxed);
         });
         assert_eq!(count.into_inner(), 64);
+    }
+
+    #[test]
+    fn little_work_stays_on_its_thread() {
+        let pool = Pool::new(4).unwrap();
+        let caller = std::thread::current().id();
+        for _ in 0..100 {
+            pool.run(64, OPERATIONS_MIN - 1, &|_| {
+                assert_eq!(std::thread::current().id(), caller);
+            });
+        }
+    }
+
+    #[test]
+    fn a_caller_that_sleeps_is_woken() {
+        // The items of the worker take longer than the caller spins.
+        let pool = Pool::new(2).unwrap();
+        let caller = std::thread::current().id();
+        for _ in 0..20 {
+            let slow = AtomicUsize::new(0);
+            pool.run(2, OPERATIONS_MIN, &|_| {
+                if std::thread::current().id() != caller {
+                    for _ in 0..20 * SPINS_FINISH {
+                        spin_loop();
+                    }
+                }
+                slow.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(slow.into_inner(), 2);
+        }
     }
 
     #[test]
