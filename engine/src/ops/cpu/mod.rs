@@ -1,7 +1,7 @@
 //! The operations on host processors.
 //!
 //! Weights are packed once, for the widest instruction set of the processor, and serve prefill and
-//! decode alike. Work is cut into items that a [pool](pool::Pool) of threads takes from a counter.
+//! decode alike. Work is cut into items that a pool of threads takes from a counter.
 
 mod attention;
 mod buffers;

@@ -18,11 +18,11 @@ use thiserror::Error;
 
 /// The most threads of one pool.
 const THREADS_MAX: usize = 1024;
-/// Spins before an idle worker sleeps: about 50 microseconds, more than the time between two loops
-/// of a step.
-const SPINS_IDLE: u32 = 1_000;
+/// Spins before an idle worker sleeps: some 150 microseconds, more than the longest item of a loop
+/// that another thread may still be at.
+const SPINS_IDLE: u32 = 3_000;
 /// Spins before a caller that waits for the last items sleeps.
-const SPINS_FINISH: u32 = 1_000;
+const SPINS_FINISH: u32 = 3_000;
 
 /// Arithmetic worth handing over: some microseconds of it.
 pub(super) const OPERATIONS_MIN: usize = 200_000;
