@@ -7,6 +7,7 @@ mod by_hand;
 mod doctor;
 mod equality;
 mod launch;
+mod limits;
 mod modes;
 mod scale;
 mod up;
