@@ -9,23 +9,13 @@
 //! this process) or a notification (a socket), never from the bytes themselves.
 
 mod arena;
+mod copy;
 mod mapping;
 mod region;
 
 pub use region::{HostMemory, HugePageUse, RegionId, RegionKind, Registration};
 
 pub(crate) use arena::map_arena;
+pub(crate) use copy::{Stores, copy_bytes, copy_piece, publish};
 pub(crate) use mapping::Mapping;
 pub(crate) use region::{Region, RegionOwner};
-
-/// Moves bytes between two places that this agent keeps alive.
-///
-/// # Safety
-/// `from..from + bytes` must be mapped readable and `to..to + bytes` mapped writable for the whole
-/// call. The ranges may overlap. Nobody holds a reference into either of them.
-pub(crate) unsafe fn copy_bytes(from: *const u8, to: *mut u8, bytes: usize) {
-    // SAFETY: mapped by the caller's contract; `copy` allows overlap and u8 needs no alignment. A
-    // peer that writes the source or the destination at the same time makes the copied bytes
-    // unspecified, which is what the protocol above (windows, completions) rules out.
-    unsafe { std::ptr::copy(from, to, bytes) }
-}

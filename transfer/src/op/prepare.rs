@@ -84,6 +84,7 @@ pub(crate) fn post(
     {
         return Err(PostError::WindowClosed { window: grant.id });
     }
+    let until = after(deadline);
     let state = TransferState::new(
         core.clone(),
         session.clone(),
@@ -97,13 +98,12 @@ pub(crate) fn post(
         }
         return Err(error);
     }
-    let until = after(deadline);
-    state.set_timer(core.timers.deadline(until, &state));
     if work.is_some() {
         session.backend().start(&state);
     } else {
         state.bytes_quiet();
     }
+    state.set_deadline(until);
     Ok(Transfer::new(state))
 }
 

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
 
 use super::gate::Gate;
-use super::work::Work;
+use super::work::{Path, Work};
 use crate::agent::{Core, Session, TimerKey};
 use crate::error::TransferError;
 
@@ -42,6 +42,7 @@ pub(crate) struct TransferState {
     gate: Gate,
     turn: AtomicU8,
     started: AtomicBool,
+    finished: AtomicBool,
     cell: Mutex<Cell>,
     done: Condvar,
 }
@@ -88,6 +89,7 @@ impl TransferState {
             gate: Gate::new(parts),
             turn: AtomicU8::new(Turn::Waiting as u8),
             started: AtomicBool::new(false),
+            finished: AtomicBool::new(false),
             cell: Mutex::new(Cell {
                 phase: Phase::Moving,
                 verdict: None,
@@ -102,8 +104,12 @@ impl TransferState {
         self.cell.lock().phase.clone()
     }
 
-    pub(crate) fn set_timer(&self, timer: TimerKey) {
-        self.cell.lock().timer = Some(timer);
+    /// Sets the deadline, unless the operation is over already.
+    pub(crate) fn set_deadline(self: &Arc<Self>, until: Instant) {
+        let mut cell = self.cell.lock();
+        if !matches!(cell.phase, Phase::Finished(_)) {
+            cell.timer = Some(self.core.timers.deadline(until, self));
+        }
     }
 
     /// Waits for the end; `None` when `until` passes first.
@@ -119,6 +125,18 @@ impl TransferState {
                     Phase::Moving | Phase::Notifying => None,
                 };
             }
+        }
+    }
+
+    /// Waits a little while without parking, when the end is as near as one part of a copy.
+    pub(crate) fn spin_for_workers(&self) {
+        let copied = |work: &Arc<Work>| matches!(work.path, Path::Copy { .. });
+        if !self.work.as_ref().is_some_and(copied) {
+            return;
+        }
+        let until = Instant::now() + self.core.config.copy_spin;
+        while !self.finished.load(Ordering::Acquire) && Instant::now() < until {
+            std::hint::spin_loop();
         }
     }
 
@@ -255,6 +273,7 @@ impl TransferState {
             return;
         }
         cell.phase = Phase::Finished(outcome.clone());
+        self.finished.store(true, Ordering::Release);
         let wakers = std::mem::take(&mut cell.wakers);
         let timer = cell.timer.take();
         drop(cell);

@@ -77,6 +77,7 @@ impl Transfer {
     pub fn wait(&self, timeout: Duration) -> Result<(), TransferError> {
         let until = after(timeout);
         self.state.copy_parts();
+        self.state.spin_for_workers();
         self.state
             .wait_until(until)
             .unwrap_or(Err(TransferError::StillInFlight { waited: timeout }))

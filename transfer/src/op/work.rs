@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::request::{Op, Plan};
 use crate::agent::{RemoteMemory, RemoteRegion};
-use crate::memory::{Region, copy_bytes};
+use crate::memory::{Region, Stores, copy_piece, publish};
 use crate::plan::{BlockSet, Order, for_each_segment, part_range, stripes};
 use crate::window::Grant;
 
@@ -59,6 +59,7 @@ impl Work {
             return;
         };
         let range = part_range(self.plan.bytes, part_bytes, u64::from(part));
+        let stores = Stores::for_transfer(self.plan.bytes);
         let first = self.starts.partition_point(|start| *start <= range.start) - 1;
         for (set, &start) in self.sets[first..].iter().zip(&self.starts[first..]) {
             if start >= range.end {
@@ -83,9 +84,10 @@ impl Work {
                     Op::Read => (r.cast_const(), l),
                 };
                 // SAFETY: both ranges are inside live mappings; the crate forms no references.
-                unsafe { copy_bytes(from, to, bytes) };
+                unsafe { copy_piece(from, to, bytes, stores) };
             });
         }
+        publish(stores);
     }
 }
 
