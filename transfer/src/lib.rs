@@ -109,6 +109,7 @@ mod memory;
 mod op;
 mod peer;
 mod plan;
+mod ring;
 mod stats;
 mod sync;
 mod window;

@@ -68,6 +68,9 @@ impl Core {
         };
         let epoch = random_u64().map_err(|e| io("get random bytes", e))?;
         let listeners = Listeners::bind(&config, epoch)?;
+        let notifications = NotificationQueue::new(config.notifications_max, config.peers_max)
+            .map_err(|e| io("make the notification queue", e))?;
+        let notifications = Arc::new(notifications);
         let timers = Timers::start(&config.name).map_err(|e| io("start the timer thread", e))?;
         let copies = CopyPool::start(&config)
             .inspect_err(|_| timers.stop())
@@ -84,7 +87,7 @@ impl Core {
             counters: Counters::default(),
             timers,
             copies,
-            notifications: Arc::new(NotificationQueue::new(config.notifications_max)),
+            notifications,
             regions: RwLock::default(),
             windows: Mutex::default(),
             sessions: Mutex::default(),
@@ -391,6 +394,9 @@ impl Core {
     pub(super) fn stats(&self) -> AgentStats {
         let sessions = self.sessions();
         let mut stats = self.counters.snapshot();
+        let (received, refused) = self.notifications.ring_counts();
+        stats.notifications_received = stats.notifications_received.wrapping_add(received);
+        stats.notifications_refused = stats.notifications_refused.wrapping_add(refused);
         stats.peers = sessions
             .iter()
             .filter(|session| session.lost().is_none())

@@ -14,7 +14,8 @@ use super::{LaneFailure, Opened, greeting, time_left};
 use crate::agent::Core;
 use crate::peer::Metadata;
 use crate::wire::{
-    ConnectedWire, HandshakeFailure, HelloRole, Socket, WireClient, greet, process_of,
+    ConnectedWire, HandshakeFailure, HelloRole, NotificationChannel, Socket, WireClient, greet,
+    process_of,
 };
 
 pub(super) fn open(
@@ -39,12 +40,15 @@ pub(super) fn open(
         nonce: welcome.nonce,
     };
     greet(&mut data, &greeting(core, metadata, role))?;
+    let control = Socket::new(control.into()).map_err(HandshakeFailure::Io)?;
+    let notifications = NotificationChannel::receive(&control, until)?;
     let wire = ConnectedWire {
-        control: Socket::new(control.into()).map_err(HandshakeFailure::Io)?,
+        control,
         data: vec![Socket::new(data.into()).map_err(HandshakeFailure::Io)?],
         peer_loss_timeout: welcome.loss_timeout,
         process,
         unmapped: "the region is not an arena, it goes over the Unix socket",
+        notifications,
     };
     let client = WireClient::new(core, &core.reactors, wire);
     Ok((

@@ -38,6 +38,7 @@ pub(super) fn open(
         peer_loss_timeout: welcome.loss_timeout,
         process: None,
         unmapped: "the connection is TCP",
+        notifications: None,
     };
     let client = WireClient::new(core, &core.reactors, wire);
     Ok((client, format!("TCP to {address}"), streams))

@@ -44,6 +44,13 @@ pub(super) fn create(
     Ok((fd, mapping, used))
 }
 
+/// A small sealed memory file in ordinary pages, for what agents of one host tell each other.
+pub(crate) fn small_file(label: &str, bytes: usize) -> io::Result<(OwnedFd, Mapping)> {
+    let (fd, mapping, _) = create(label, bytes, HugePages::Never)
+        .map_err(|(what, error)| io::Error::new(error.kind(), format!("{what}: {error}")))?;
+    Ok((fd, mapping))
+}
+
 /// Maps a peer's arena. The file comes from another process: it must be long enough and sealed
 /// against shrinking, or touching it could kill this process.
 pub(crate) fn map_arena(file: &OwnedFd, bytes: u64) -> io::Result<Mapping> {

@@ -15,7 +15,7 @@ mod region;
 
 pub use region::{HostMemory, HugePageUse, RegionId, RegionKind, Registration};
 
-pub(crate) use arena::map_arena;
+pub(crate) use arena::{map_arena, small_file};
 pub(crate) use copy::{Stores, copy_bytes, copy_piece, publish};
 pub(crate) use mapping::Mapping;
 pub(crate) use region::{Region, RegionOwner};

@@ -84,7 +84,7 @@ impl From<Box<[u8]>> for HostMemory {
 #[derive(Debug)]
 pub(crate) enum Backing {
     Arena {
-        fd: OwnedFd,
+        fd: Arc<OwnedFd>,
         mapping: Mapping,
         huge_pages: HugePageUse,
     },
@@ -188,7 +188,7 @@ impl Region {
             len: bytes,
             base: mapping.base(),
             backing: Backing::Arena {
-                fd,
+                fd: Arc::new(fd),
                 mapping,
                 huge_pages,
             },
@@ -210,7 +210,7 @@ impl Region {
     }
 
     /// The memory file, if peers can map this region.
-    pub(crate) fn file(&self) -> Option<&OwnedFd> {
+    pub(crate) fn file(&self) -> Option<&Arc<OwnedFd>> {
         match &self.backing {
             Backing::Arena { fd, .. } => Some(fd),
             Backing::Owned { .. } | Backing::Foreign { .. } => None,

@@ -3,16 +3,20 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::future::Future;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 
 use crate::clock::after;
 use crate::error::AgentStopped;
+use crate::ring::{Bell, Reader};
 
 /// A message from a peer. One that was bound to a transfer arrives after all bytes of the transfer
 /// are in place, and those of one peer arrive in the order in which they were posted.
@@ -37,18 +41,35 @@ pub enum RecvError {
     Stopped(#[from] AgentStopped),
 }
 
-/// Queue of one agent.
+/// What an agent has received: from peers on sockets and in this process in a queue, from peers on
+/// this host in the rings into which they write.
 pub(crate) struct NotificationQueue {
     limit: usize,
+    bell: Bell,
+    /// How long receivers look before they park, in nanoseconds.
+    spin: AtomicU64,
     state: Mutex<QueueState>,
-    arrived: Condvar,
 }
 
 #[derive(Default)]
 struct QueueState {
     queue: VecDeque<Notification>,
+    rings: Vec<Option<Ring>>,
+    /// Counts of the rings that are gone.
+    closed: (u64, u64),
+    /// Where to look next, so that every ring gets its turn.
+    turn: usize,
     wakers: Vec<Waker>,
     stopped: bool,
+}
+
+/// A ring of one connection.
+struct Ring {
+    from: Arc<str>,
+    epoch: u64,
+    reader: Reader,
+    /// The connection is gone; what it has brought is still delivered.
+    ended: bool,
 }
 
 impl fmt::Debug for NotificationQueue {
@@ -59,13 +80,40 @@ impl fmt::Debug for NotificationQueue {
     }
 }
 
+/// What a new connection needs to send notifications through shared memory.
+#[derive(Debug)]
+pub(crate) struct OpenedRing {
+    /// Names the ring in this agent.
+    pub(crate) index: usize,
+    pub(crate) ring: Arc<OwnedFd>,
+    pub(crate) bell: Arc<OwnedFd>,
+}
+
 impl NotificationQueue {
-    pub(crate) fn new(limit: usize) -> Self {
-        Self {
+    /// A queue for at most `limit` notifications, and as many again in each of `rings` rings.
+    pub(crate) fn new(limit: usize, rings: usize) -> io::Result<Self> {
+        Ok(Self {
             limit,
-            state: Mutex::default(),
-            arrived: Condvar::new(),
-        }
+            bell: Bell::new(rings)?,
+            spin: AtomicU64::new(0),
+            state: Mutex::new(QueueState {
+                rings: std::iter::repeat_with(|| None).take(rings).collect(),
+                ..QueueState::default()
+            }),
+        })
+    }
+
+    /// Notifications that came through rings so far, and those that found their ring full.
+    pub(crate) fn ring_counts(&self) -> (u64, u64) {
+        let state = self.state.lock();
+        let open = state
+            .rings
+            .iter()
+            .flatten()
+            .map(|ring| ring.reader.counts());
+        open.fold(state.closed, |sum, (sent, refused)| {
+            (sum.0.wrapping_add(sent), sum.1.wrapping_add(refused))
+        })
     }
 
     /// Queues a notification; false when the queue is full.
@@ -77,9 +125,66 @@ impl NotificationQueue {
         state.queue.push_back(notification);
         let wakers = std::mem::take(&mut state.wakers);
         drop(state);
-        self.arrived.notify_one();
+        self.bell.ring_local();
         wakers.into_iter().for_each(Waker::wake);
         true
+    }
+
+    /// A peer says that it has rung the bell while nobody was parked on it.
+    pub(crate) fn wake_tasks(&self) {
+        let wakers = std::mem::take(&mut self.state.lock().wakers);
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// A ring for a connection from `from`.
+    pub(crate) fn open_ring(
+        &self,
+        from: Arc<str>,
+        epoch: u64,
+        payload_max: usize,
+    ) -> io::Result<OpenedRing> {
+        let (reader, ring) = Reader::new(self.limit, payload_max)?;
+        let mut state = self.state.lock();
+        let index = state.rings.iter().position(Option::is_none);
+        let index = index.ok_or_else(|| io::Error::other("all notification rings are in use"))?;
+        state.rings[index] = Some(Ring {
+            from,
+            epoch,
+            reader,
+            ended: false,
+        });
+        Ok(OpenedRing {
+            index,
+            ring,
+            bell: self.bell.file().clone(),
+        })
+    }
+
+    /// The connection of a ring is gone. What it has brought moves to the queue; what does not fit
+    /// stays in the ring until it is received.
+    pub(crate) fn close_ring(&self, index: usize) {
+        let mut state = self.state.lock();
+        let mut moved = false;
+        let QueueState { queue, rings, .. } = &mut *state;
+        let Some(Some(ring)) = rings.get_mut(index) else {
+            return;
+        };
+        ring.ended = true;
+        while queue.len() < self.limit {
+            let Some(notification) = ring.next() else {
+                break;
+            };
+            queue.push_back(notification);
+            moved = true;
+        }
+        if !ring.reader.has_more() {
+            state.free_ring(index);
+        }
+        drop(state);
+        if moved {
+            self.bell.ring_local();
+            self.wake_tasks();
+        }
     }
 
     pub(crate) fn stop(&self) {
@@ -87,10 +192,71 @@ impl NotificationQueue {
         state.stopped = true;
         let wakers = std::mem::take(&mut state.wakers);
         drop(state);
-        self.arrived.notify_all();
+        self.bell.ring_all();
         wakers.into_iter().for_each(Waker::wake);
     }
+
+    /// The next notification; `Err` when there is none and there will be none.
+    fn next(&self, state: &mut QueueState) -> Result<Option<Notification>, AgentStopped> {
+        if let Some(next) = state.queue.pop_front() {
+            return Ok(Some(next));
+        }
+        while let Some(index) = self.bell.next_ready(state.turn) {
+            // Cleared before the ring is read: what comes later sets it again.
+            self.bell.clear(index);
+            state.turn = index + 1;
+            let Some(Some(ring)) = state.rings.get_mut(index) else {
+                continue;
+            };
+            let next = ring.next();
+            if ring.reader.has_more() {
+                self.bell.set(index);
+            } else if ring.ended {
+                state.free_ring(index);
+            }
+            if next.is_some() {
+                return Ok(next);
+            }
+        }
+        if state.stopped {
+            return Err(AgentStopped);
+        }
+        Ok(None)
+    }
 }
+
+impl QueueState {
+    fn free_ring(&mut self, index: usize) {
+        if let Some(ring) = self.rings.get_mut(index).and_then(Option::take) {
+            let (sent, refused) = ring.reader.counts();
+            self.closed.0 = self.closed.0.wrapping_add(sent);
+            self.closed.1 = self.closed.1.wrapping_add(refused);
+        }
+    }
+}
+
+impl Ring {
+    fn next(&mut self) -> Option<Notification> {
+        match self.reader.pop() {
+            Ok(payload) => payload.map(|payload| Notification {
+                from: self.from.clone(),
+                epoch: self.epoch,
+                payload: payload.into(),
+            }),
+            Err(error) => {
+                tracing::warn!(from = %self.from, %error, "notifications of this peer are lost");
+                self.reader.give_up();
+                None
+            }
+        }
+    }
+}
+
+/// Longest time that a receiver looks for the next notification before it parks. A wake-up costs
+/// 15 to 25 us, so looking longer than that cannot pay.
+const SPIN_MAX: Duration = Duration::from_micros(40);
+/// What a receiver begins with, and falls back to when looking was in vain.
+const SPIN_MIN: Duration = Duration::from_micros(1);
 
 /// Receiver of an agent's notifications. Clones share the queue: each notification goes to one.
 #[derive(Clone, Debug)]
@@ -104,31 +270,59 @@ impl Notifications {
     /// # Errors
     /// The agent is shut down and the queue is empty.
     pub fn try_recv(&self) -> Result<Option<Notification>, AgentStopped> {
-        let mut state = self.queue.state.lock();
-        match state.queue.pop_front() {
-            None if state.stopped => Err(AgentStopped),
-            next => Ok(next),
-        }
+        self.queue.next(&mut self.queue.state.lock())
     }
 
-    /// Waits for the next notification; the thread is parked meanwhile.
+    /// Waits for the next notification. The thread looks for it a few microseconds longer when that
+    /// has helped lately, and is parked after that.
     ///
     /// # Errors
     /// Nothing arrived within `timeout`, or the agent is shut down and the queue is empty.
     pub fn recv_timeout(&self, timeout: Duration) -> Result<Notification, RecvError> {
         let until = after(timeout);
-        let mut state = self.queue.state.lock();
+        let found = || Ok::<_, RecvError>(self.try_recv()?);
+        if let Some(next) = found()? {
+            return Ok(next);
+        }
+        if let Some(next) = self.spin(until)? {
+            return Ok(next);
+        }
         loop {
-            if let Some(next) = state.queue.pop_front() {
+            let sleeper = self.queue.bell.sleeper();
+            if let Some(next) = found()? {
                 return Ok(next);
             }
-            if state.stopped {
-                return Err(AgentStopped.into());
+            if Instant::now() >= until {
+                return Err(RecvError::TimedOut);
             }
-            if self.queue.arrived.wait_until(&mut state, until).timed_out() {
-                return state.queue.pop_front().ok_or(RecvError::TimedOut);
+            sleeper.sleep(until);
+            drop(sleeper);
+            if let Some(next) = found()? {
+                return Ok(next);
             }
         }
+    }
+
+    /// Looks a little while. How long adapts: twice as long each time that it was worth it.
+    fn spin(&self, until: Instant) -> Result<Option<Notification>, AgentStopped> {
+        let nanos = self.queue.spin.load(Ordering::Relaxed);
+        let budget = Duration::from_nanos(nanos).clamp(SPIN_MIN, SPIN_MAX);
+        let enough = (Instant::now() + budget).min(until);
+        let found = loop {
+            let next = self.try_recv()?;
+            if next.is_some() || Instant::now() >= enough {
+                break next;
+            }
+            std::hint::spin_loop();
+        };
+        let budget = if found.is_some() {
+            budget * 2
+        } else {
+            budget / 2
+        };
+        let nanos = u64::try_from(budget.clamp(SPIN_MIN, SPIN_MAX).as_nanos()).unwrap_or(0);
+        self.queue.spin.store(nanos, Ordering::Relaxed);
+        Ok(found)
     }
 
     /// Waits for the next notification without blocking a thread. Dropping the future loses
@@ -151,12 +345,12 @@ impl Future for Recv<'_> {
     type Output = Result<Notification, AgentStopped>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut state = self.notifications.queue.state.lock();
-        if let Some(next) = state.queue.pop_front() {
-            return Poll::Ready(Ok(next));
-        }
-        if state.stopped {
-            return Poll::Ready(Err(AgentStopped));
+        let queue = &self.notifications.queue;
+        let mut state = queue.state.lock();
+        match queue.next(&mut state) {
+            Ok(Some(next)) => return Poll::Ready(Ok(next)),
+            Err(stopped) => return Poll::Ready(Err(stopped)),
+            Ok(None) => {}
         }
         if !state
             .wakers
@@ -165,6 +359,12 @@ impl Future for Recv<'_> {
         {
             state.wakers.push(context.waker().clone());
         }
-        Poll::Pending
+        // From now on a peer that brings something says so; what came before is found here.
+        queue.bell.set_alarm();
+        match queue.next(&mut state) {
+            Ok(Some(next)) => Poll::Ready(Ok(next)),
+            Err(stopped) => Poll::Ready(Err(stopped)),
+            Ok(None) => Poll::Pending,
+        }
     }
 }

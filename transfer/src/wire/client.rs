@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use super::channel::{NotificationChannel, Sent};
 use super::control::{ControlRx, ControlTx, Frame, Violation};
 use super::data::{DataCommand, DataStream, Key, Role};
 use super::frame::{Code, Header, Kind, RegionAnswer, decode_grant};
@@ -17,9 +18,10 @@ use super::watch::{ProcessWatch, Pulse};
 use crate::agent::{CopyPool, Core, MappedMemory, RemoteMemory, RemoteRegion, Session, Timers};
 use crate::backend::{Backend, Refusal};
 use crate::config::RemoteAccess;
-use crate::error::{LossCause, TransferError};
+use crate::error::{LossCause, Rejection, TransferError};
 use crate::memory::{RegionId, map_arena};
 use crate::op::{Path, TransferState};
+use crate::ring::SendError;
 use crate::window::{Grant, WindowId};
 
 /// Connected sockets, ready to be served.
@@ -33,6 +35,8 @@ pub(crate) struct ConnectedWire {
     pub(crate) process: Option<OwnedFd>,
     /// Why regions are not mapped, when they are not.
     pub(crate) unmapped: &'static str,
+    /// How notifications go, when not as frames.
+    pub(crate) notifications: Option<NotificationChannel>,
 }
 
 pub(crate) struct WireClient {
@@ -52,6 +56,7 @@ pub(crate) struct WireClient {
     parts: Mutex<Parts>,
     pulse: Pulse,
     unmapped: &'static str,
+    notifications: Option<NotificationChannel>,
 }
 
 struct Waiting {
@@ -123,6 +128,7 @@ impl WireClient {
             answered: Condvar::new(),
             pulse: Pulse::new(core.config.peer_loss_timeout, wire.peer_loss_timeout),
             unmapped: wire.unmapped,
+            notifications: wire.notifications,
         })
     }
 
@@ -354,6 +360,9 @@ impl WireClient {
             | Kind::AskWindow
             | Kind::WindowQuiet
             | Kind::Notify
+            | Kind::Rang
+            | Kind::Ring
+            | Kind::Bell
             | Kind::Write
             | Kind::WriteAbort
             | Kind::Read
@@ -481,10 +490,21 @@ impl Backend for WireClient {
     }
 
     fn notify(&self, transfer: &Arc<TransferState>) -> Option<Result<(), TransferError>> {
-        if let Some(payload) = &transfer.notification {
-            let frame = Header::new(Kind::Notify, transfer.id, 0).with_body(payload);
-            self.control.send(frame, None);
+        let payload = transfer.notification.as_ref()?;
+        if let Some(channel) = &self.notifications {
+            let rejected = |rejection| Err(TransferError::Rejected(rejection));
+            return Some(match channel.send(payload) {
+                Ok(Sent::Queued) => Ok(()),
+                Ok(Sent::QueuedForTask) => {
+                    self.control.header(Header::new(Kind::Rang, 0, 0));
+                    Ok(())
+                }
+                Err(SendError::Full) => rejected(Rejection::NotificationQueueFull),
+                Err(SendError::TooLarge) => rejected(Rejection::NotificationTooLarge),
+            });
         }
+        let frame = Header::new(Kind::Notify, transfer.id, 0).with_body(payload);
+        self.control.send(frame, None);
         None
     }
 

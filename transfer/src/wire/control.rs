@@ -10,7 +10,6 @@ use parking_lot::Mutex;
 use super::frame::{BODY_BYTES_MAX, HEADER_BYTES, Header, Kind};
 use super::socket::Socket;
 use crate::error::LossCause;
-use crate::memory::Region;
 
 /// Unsent control bytes that a connection may pile up before it counts as broken.
 const QUEUE_BYTES_MAX: usize = 64 << 20;
@@ -40,8 +39,8 @@ struct Tx {
 struct Out {
     bytes: Vec<u8>,
     sent: usize,
-    /// The arena whose memory file goes along with the first byte.
-    file: Option<Arc<Region>>,
+    /// A memory file that goes along with the first byte.
+    file: Option<Arc<OwnedFd>>,
 }
 
 impl ControlTx {
@@ -62,7 +61,7 @@ impl ControlTx {
     }
 
     /// Sends a frame. On a broken connection it goes nowhere: the reader notices the loss.
-    pub(crate) fn send(&self, bytes: Vec<u8>, file: Option<Arc<Region>>) {
+    pub(crate) fn send(&self, bytes: Vec<u8>, file: Option<Arc<OwnedFd>>) {
         let mut tx = self.state.lock();
         if tx.socket.is_none() {
             return;
@@ -107,11 +106,7 @@ impl Tx {
             return;
         };
         while let Some(front) = self.queue.front_mut() {
-            let file = front
-                .file
-                .as_ref()
-                .and_then(|region| region.file())
-                .map(AsFd::as_fd);
+            let file = front.file.as_ref().map(AsFd::as_fd);
             match socket.send_bytes(&front.bytes[front.sent..], file) {
                 Ok(sent) => {
                     front.sent += sent;

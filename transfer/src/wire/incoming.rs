@@ -56,6 +56,8 @@ struct State {
     streams: usize,
     windows: HashMap<WindowId, Arc<OpenWindow>>,
     regions: HashSet<RegionId>,
+    /// The ring through which its notifications come.
+    ring: Option<usize>,
 }
 
 /// A stripe that was checked: its set fits the region and the window.
@@ -139,6 +141,29 @@ impl Incoming {
         self.core.config.posts_max
     }
 
+    /// Gives an initiator on this host a ring for its notifications. Without one they come as
+    /// frames.
+    pub(crate) fn offer_ring(&self) {
+        let payload_max = self.core.config.notification_bytes_max;
+        let opened = self
+            .core
+            .notifications
+            .open_ring(self.from.clone(), self.epoch, payload_max);
+        let (ring, bell) = (Header::new(Kind::Ring, 0, 0), Header::new(Kind::Bell, 0, 0));
+        match opened {
+            Ok(opened) => {
+                self.state.lock().ring = Some(opened.index);
+                self.control.send(ring.encode().to_vec(), Some(opened.ring));
+                let index = (opened.index as u64).to_le_bytes();
+                self.control.send(bell.with_body(&index), Some(opened.bell));
+            }
+            Err(error) => {
+                tracing::warn!(from = %self.from, %error, "no shared ring for notifications");
+                self.control.header(ring.code(Code::Busy));
+            }
+        }
+    }
+
     /// Remembers a place that goes with this connection; false when there are too many streams or
     /// the connection is over.
     pub(crate) fn add_place(&self, at: Placement, stream: bool) -> bool {
@@ -190,7 +215,13 @@ impl Incoming {
         tracing::debug!(from = %self.from, epoch = self.epoch, %cause, "incoming connection ended");
         self.close_streams();
         self.control.close();
-        let windows = std::mem::take(&mut self.state.lock().windows);
+        let mut state = self.state.lock();
+        let windows = std::mem::take(&mut state.windows);
+        let ring = state.ring.take();
+        drop(state);
+        if let Some(ring) = ring {
+            self.core.notifications.close_ring(ring);
+        }
         for window in windows.into_values() {
             window.acknowledge(self.key);
         }
@@ -280,6 +311,7 @@ impl Incoming {
                     window.acknowledge(self.key);
                 }
             }
+            Kind::Rang => self.core.notifications.wake_tasks(),
             Kind::Notify => {
                 let code = self.deliver(body);
                 self.control
@@ -294,6 +326,8 @@ impl Incoming {
             | Kind::RegionGone
             | Kind::Notified
             | Kind::StripeDone
+            | Kind::Ring
+            | Kind::Bell
             | Kind::Write
             | Kind::WriteAbort
             | Kind::Read
@@ -340,14 +374,13 @@ impl Incoming {
             self.control.header(header.code(code));
             return;
         };
-        let file = self.maps && region.file().is_some();
+        let file = region.file().filter(|_| self.maps).cloned();
         let answer = RegionAnswer {
             len: region.len as u64,
             access: region.access,
-            file,
+            file: file.is_some(),
         };
-        self.control
-            .send(header.with_body(&answer.encode()), file.then_some(region));
+        self.control.send(header.with_body(&answer.encode()), file);
     }
 
     fn tell_window(&self, id: WindowId, number: u32) {

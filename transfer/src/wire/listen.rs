@@ -366,6 +366,9 @@ impl Guest {
             loss_timeout: core.config.peer_loss_timeout,
         };
         incoming.send(welcome.encode());
+        if self.unix {
+            incoming.offer_ring();
+        }
         incoming.tick();
         let source = IncomingControl::new(self.socket.clone(), incoming);
         Flow::Become(self.reactors.place_control(), Box::new(source))

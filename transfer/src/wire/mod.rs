@@ -4,6 +4,7 @@
 //! A connection has an initiator, which posts operations, and a target, which owns the memory they
 //! name. Two agents that write to each other have two connections.
 
+mod channel;
 mod client;
 mod control;
 mod data;
@@ -17,6 +18,7 @@ mod reactor;
 mod socket;
 mod watch;
 
+pub(crate) use channel::NotificationChannel;
 pub(crate) use client::{ConnectedWire, WireClient};
 pub(crate) use handshake::{HandshakeFailure, Hello, HelloRole, greet};
 pub(crate) use incoming::Incoming;

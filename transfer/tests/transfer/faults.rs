@@ -377,11 +377,9 @@ pub(crate) fn a_released_region_is_refused(setup: &Setup) {
         .unwrap();
     let gone = remote.id();
     drop(remote);
-    // The news travels in order with notifications.
-    pair.a
-        .notify(&pair.peer, "sync", WAIT)
-        .unwrap()
-        .wait(WAIT)
+    // The news travels in order with the answers to questions.
+    let other = arena(&pair.b, 8000);
+    pair.prepare(Op::Write, (&local, &side), (&other, &side), None)
         .unwrap();
     match prepared.post(PostOptions::within(WAIT)) {
         Err(PostError::RegionReleased { region }) => assert_eq!(region, gone),
