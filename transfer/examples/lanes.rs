@@ -122,14 +122,14 @@ fn measure(lane: Lane) {
                     LocalBlocks {
                         registration: &local,
                         layout,
-                        ids: scattered(blocks, count, 1),
+                        ids: scattered(blocks, count, 1).into(),
                         layers: 0..1,
                     },
                     RemoteBlocks {
                         peer: &peer,
                         region,
                         layout,
-                        ids: scattered(blocks, count, 2),
+                        ids: scattered(blocks, count, 2).into(),
                         layers: 0..1,
                         window: None,
                     },

@@ -127,6 +127,6 @@ pub use op::{
     Prepared, Recv, RecvError, RemoteBlocks, RemoteDescriptor, Transfer, TransferStatus,
 };
 pub use peer::{Metadata, RegionInfo};
-pub use plan::{BlockLayout, LayoutError};
+pub use plan::{BlockIds, BlockLayout, LayoutError};
 pub use stats::AgentStats;
 pub use window::{Closed, Window, WindowAccess, WindowBusy, WindowId, WindowScope};

@@ -183,14 +183,14 @@ impl Connection {
             LocalBlocks {
                 registration: &self.arena,
                 layout: blocks.layout(),
-                ids: blocks.local.clone(),
+                ids: blocks.local.clone().into(),
                 layers: 0..1,
             },
             RemoteBlocks {
                 peer: &self.peer,
                 region: self.region,
                 layout: blocks.layout(),
-                ids: blocks.remote.clone(),
+                ids: blocks.remote.clone().into(),
                 layers: 0..1,
                 window: None,
             },

@@ -434,14 +434,14 @@ impl PrefillRun {
         let local = LocalBlocks {
             registration: arena.registration(),
             layout: arena.transfer_layout(),
-            ids: local,
+            ids: local.into(),
             layers: layers.clone(),
         };
         let remote = RemoteBlocks {
             peer: &self.peer,
             region: RegionId(self.target.region),
             layout: self.layout,
-            ids: remote,
+            ids: remote.into(),
             layers,
             window: window.map(WindowId),
         };

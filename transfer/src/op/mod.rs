@@ -3,6 +3,7 @@
 mod check;
 mod gate;
 mod notify;
+mod overlap;
 mod prepare;
 mod request;
 mod state;

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::check::{check_overlap, check_range, check_set, check_window};
+use super::check::{check_range, check_set, check_window};
+use super::overlap::check_overlap;
 use super::request::{
     Descriptor, LocalBlocks, Op, Plan, PostOptions, RemoteBlocks, RemoteDescriptor,
 };
@@ -17,7 +18,9 @@ use crate::backend::Refusal;
 use crate::clock::after;
 use crate::error::{PostError, PrepareError, Side};
 use crate::memory::{Region, RegionId, Registration};
-use crate::plan::{BlockSet, DescriptorPair, Order, compress, parts_of, segment_count};
+use crate::plan::{
+    BlockSet, DescriptorList, DescriptorPair, Order, Table, parts_of, segment_count,
+};
 use crate::window::{Grant, WindowId};
 
 /// Most pairs of block sets in one operation.
@@ -179,7 +182,8 @@ pub(crate) fn prepare_descriptors(
     let questions = Questions::new(core, session);
     let mut local_regions: Vec<Arc<Region>> = Vec::new();
     let mut remote_regions: Vec<Arc<RemoteRegion>> = Vec::new();
-    let mut pairs = Vec::with_capacity(local.len());
+    let (mut known_local, mut known_remote) = (Table::with_capacity(64), Table::with_capacity(64));
+    let mut pairs = DescriptorList::with_capacity(local.len());
     let window = remote.first().and_then(|first| first.window);
     for (l, r) in local.iter().zip(remote) {
         if r.window != window {
@@ -189,26 +193,15 @@ pub(crate) fn prepare_descriptors(
                 remote: r.window.map_or(0, |window| window.0),
             });
         }
-        let local_region = match local_regions
-            .iter()
-            .rposition(|region| Arc::ptr_eq(region, l.registration.region()))
-        {
-            Some(known) => known,
-            None => {
-                local_regions.push(own(core, l.registration)?);
-                local_regions.len() - 1
-            }
-        };
-        let remote_region = match remote_regions
-            .iter()
-            .rposition(|region| region.id == r.region)
-        {
-            Some(known) => known,
-            None => {
-                remote_regions.push(questions.region(r.region)?);
-                remote_regions.len() - 1
-            }
-        };
+        let registration = l.registration.region();
+        let local_region = known_local.number_of([Arc::as_ptr(registration) as u64]);
+        if local_region == local_regions.len() {
+            local_regions.push(own(core, l.registration)?);
+        }
+        let remote_region = known_remote.number_of([r.region.0]);
+        if remote_region == remote_regions.len() {
+            remote_regions.push(questions.region(r.region)?);
+        }
         check_range(
             Side::Local,
             l.offset,
@@ -229,16 +222,13 @@ pub(crate) fn prepare_descriptors(
             bytes: l.bytes,
         });
     }
-    let sets = compress(&pairs)
-        .into_iter()
-        .map(|set| SetPair {
-            local_region: local_regions[set.local_region].clone(),
-            local: set.local,
-            remote_region: remote_regions[set.remote_region].clone(),
-            remote: set.remote,
-            order: Order::BlockMajor,
-        })
-        .collect();
+    let sets = pairs.compress(|set| SetPair {
+        local_region: local_regions[set.local_region].clone(),
+        local: set.local,
+        remote_region: remote_regions[set.remote_region].clone(),
+        remote: set.remote,
+        order: Order::BlockMajor,
+    });
     finish(core, session.clone(), &questions, op, sets, window)
 }
 

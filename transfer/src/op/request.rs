@@ -1,7 +1,6 @@
 //! What callers say: which blocks, which direction, how long.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -9,7 +8,7 @@ use bytes::Bytes;
 use crate::agent::Peer;
 use crate::config::Lane;
 use crate::memory::{RegionId, Registration};
-use crate::plan::BlockLayout;
+use crate::plan::{BlockIds, BlockLayout};
 use crate::window::WindowId;
 
 /// Direction of an operation, seen from the agent that posts it.
@@ -29,7 +28,7 @@ pub struct LocalBlocks<'a> {
     /// How blocks lie in it.
     pub layout: BlockLayout,
     /// Block ids; the i-th pairs with the i-th remote id.
-    pub ids: Arc<[u32]>,
+    pub ids: BlockIds,
     /// Layers; the k-th pairs with the k-th remote layer.
     pub layers: Range<u32>,
 }
@@ -44,7 +43,7 @@ pub struct RemoteBlocks<'a> {
     /// How blocks lie in it.
     pub layout: BlockLayout,
     /// Block ids.
-    pub ids: Arc<[u32]>,
+    pub ids: BlockIds,
     /// Layers.
     pub layers: Range<u32>,
     /// The window through which the blocks are accessed, if the region needs one.

@@ -1,12 +1,19 @@
 //! Planning: pure arithmetic over layouts and ids. No I/O, no clock, no pointers.
 
 mod compress;
+mod ids;
 mod layout;
 mod set;
 mod split;
+mod table;
+mod walk;
 
+pub use ids::BlockIds;
 pub use layout::{BlockLayout, LayoutError};
 
-pub(crate) use compress::{DescriptorPair, compress};
-pub(crate) use set::{BlockSet, IDS_MAX, Order, Segments, for_each_segment, segment_count};
+pub(crate) use compress::{DescriptorList, DescriptorPair};
+pub(crate) use ids::joins_in;
+pub(crate) use set::{BlockSet, IDS_MAX, Order};
 pub(crate) use split::{part_range, parts_of, stripes};
+pub(crate) use table::Table;
+pub(crate) use walk::{Segments, for_each_segment, segment_count};

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::plan::{BlockLayout, BlockSet, LayoutError, Order, Segments};
+use crate::plan::{BlockIds, BlockLayout, BlockSet, LayoutError, Order, Segments};
 
 /// The part of a region that a window opens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,11 +26,66 @@ pub(crate) enum Scope {
     Region,
     /// Sorted, not touching.
     Ranges(Vec<Range<u64>>),
-    /// Sorted ids without repetition.
-    Blocks {
-        layout: BlockLayout,
-        ids: Vec<u32>,
-    },
+    Blocks(BlockScope),
+}
+
+/// Blocks that a window opens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct BlockScope {
+    pub(crate) layout: BlockLayout,
+    /// Sorted, without repetition.
+    pub(crate) ids: BlockIds,
+    /// One bit per block of the layout up to the highest id, where that is not much larger than the
+    /// list; empty otherwise.
+    bits: Vec<u64>,
+}
+
+impl BlockScope {
+    fn covers(&self, ids: &BlockIds) -> Result<(), String> {
+        let outside = |id: u32| Err(format!("block {id}"));
+        let (own, wanted) = (self.ids.as_span(), ids.as_span());
+        if let Some((first, count)) = own {
+            let end = u64::from(first) + u64::from(count);
+            let inside = |id: u32| id >= first && u64::from(id) < end;
+            return match (wanted, ids.max()) {
+                (Some((id, _)), Some(max)) if inside(id) && inside(max) => Ok(()),
+                (None, Some(max)) if inside(max) && ids.iter().all(|id| id >= first) => Ok(()),
+                _ => outside(ids.iter().find(|id| !inside(*id)).unwrap_or(first)),
+            };
+        }
+        let own = self.ids.list().unwrap_or_default();
+        if let (Some((first, count)), Some(last)) = (wanted, ids.max()) {
+            // Sorted and without repetition: a span is there if both ends are, that far apart.
+            let there = own
+                .binary_search(&first)
+                .is_ok_and(|at| own.get(at + count as usize - 1) == Some(&last));
+            return if there { Ok(()) } else { outside(first) };
+        }
+        let listed = ids.list().unwrap_or_default();
+        if !self.bits.is_empty() {
+            let open = |id: u32| {
+                self.bits
+                    .get(id as usize / 64)
+                    .is_some_and(|word| word >> (id % 64) & 1 == 1)
+            };
+            return match listed.iter().find(|id| !open(**id)) {
+                None => Ok(()),
+                Some(id) => outside(*id),
+            };
+        }
+        // Requests name ids mostly in the order of the window: try the next one first.
+        let mut next = 0;
+        for id in listed {
+            if own.get(next) != Some(id) {
+                next = match own.binary_search(id) {
+                    Ok(at) => at,
+                    Err(_) => return outside(*id),
+                };
+            }
+            next += 1;
+        }
+        Ok(())
+    }
 }
 
 impl Scope {
@@ -57,20 +112,44 @@ impl Scope {
                 }
                 Ok(Self::Ranges(merged))
             }
-            WindowScope::Blocks { layout, mut ids } => {
+            WindowScope::Blocks { layout, ids } => {
                 layout.validate(region_bytes)?;
-                ids.sort_unstable();
-                ids.dedup();
-                match ids.last() {
-                    None => Err(LayoutError::Zero { field: "ids" }),
-                    Some(&id) if id >= layout.blocks => Err(LayoutError::BlockId {
-                        id,
-                        blocks: layout.blocks,
-                    }),
-                    Some(_) => Ok(Self::Blocks { layout, ids }),
+                let scope = Self::blocks(layout, &ids.into());
+                match &scope {
+                    Self::Blocks(blocks) => match blocks.ids.max() {
+                        None => Err(LayoutError::Zero { field: "ids" }),
+                        Some(id) if id >= layout.blocks => Err(LayoutError::BlockId {
+                            id,
+                            blocks: layout.blocks,
+                        }),
+                        Some(_) => Ok(scope),
+                    },
+                    Self::Region | Self::Ranges(_) => Ok(scope),
                 }
             }
         }
+    }
+
+    /// Blocks of a layout; ids in any order.
+    pub(crate) fn blocks(layout: BlockLayout, ids: &BlockIds) -> Self {
+        let mut bits = Vec::new();
+        let ids = match ids.list() {
+            None => ids.clone(),
+            Some(list) => {
+                let mut sorted = list.to_vec();
+                sorted.sort_unstable();
+                sorted.dedup();
+                let words = sorted.last().map_or(0, |last| *last as usize / 64 + 1);
+                if words <= sorted.len() * 2 {
+                    bits = vec![0u64; words];
+                    for id in &sorted {
+                        bits[*id as usize / 64] |= 1 << (id % 64);
+                    }
+                }
+                sorted.into()
+            }
+        };
+        Self::Blocks(BlockScope { layout, ids, bits })
     }
 
     /// Whether the (validated) set stays inside; the error says what does not.
@@ -89,19 +168,11 @@ impl Scope {
                 }
                 Ok(())
             }
-            Self::Blocks { layout, ids } => {
-                if *layout != set.layout {
+            Self::Blocks(blocks) => {
+                if blocks.layout != set.layout {
                     return Err("the layout is not the one that the window was opened with".into());
                 }
-                // Requests name ids mostly in the order of the window: try the next one first.
-                let mut next = 0;
-                for id in set.ids.iter() {
-                    if ids.get(next) != Some(id) {
-                        next = ids.binary_search(id).map_err(|_| format!("block {id}"))?;
-                    }
-                    next += 1;
-                }
-                Ok(())
+                blocks.covers(&set.ids)
             }
         }
     }
@@ -109,6 +180,8 @@ impl Scope {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn set(ids: &[u32]) -> BlockSet {
@@ -133,11 +206,41 @@ mod tests {
         assert_eq!(blocks.covers(&set(&[2, 3, 7])), Ok(()));
         assert_eq!(blocks.covers(&set(&[7, 2])), Ok(()));
         assert!(blocks.covers(&set(&[2, 4])).is_err());
+        assert!(blocks.covers(&set(&[2, 3])).is_ok());
+        assert!(blocks.covers(&set(&[3, 4])).is_err());
+        assert!(blocks.covers(&set(&[6, 7])).is_err());
         let ranges = Scope::new(WindowScope::Ranges(vec![32..40, 16..24, 24..32]), 80).unwrap();
         assert_eq!(ranges, Scope::Ranges(std::iter::once(16..40).collect()));
         assert_eq!(ranges.covers(&set(&[2, 3, 4])), Ok(()));
         assert!(ranges.covers(&set(&[4, 5])).is_err());
         assert!(ranges.covers(&set(&[1])).is_err());
+    }
+
+    proptest! {
+        /// Dense, sparse and consecutive scopes say what a set of numbers says.
+        #[test]
+        fn block_scopes_are_sets(
+            of in 1u32..400,
+            open in proptest::collection::vec(0u32..400, 1..60),
+            span: bool,
+            wanted in proptest::collection::vec(0u32..400, 1..12),
+            from_open: bool,
+        ) {
+            let layout = BlockLayout::contiguous(400, 8);
+            let open: Vec<u32> = match span {
+                true => (open[0]..(open[0] + of).min(400)).collect(),
+                false => open.into_iter().map(|id| id % of * 3 % 400).collect(),
+            };
+            let wanted: Vec<u32> = match from_open {
+                true => wanted.iter().map(|id| open[*id as usize % open.len()]).collect(),
+                false => (wanted[0]..400).take(wanted.len()).collect(),
+            };
+            let scope = WindowScope::Blocks { layout, ids: open.clone() };
+            let scope = Scope::new(scope, 3200).unwrap();
+            let set = BlockSet { layout, ids: wanted.as_slice().into(), layers: 0..1 };
+            let expected = wanted.iter().all(|id| open.contains(id));
+            prop_assert_eq!(scope.covers(&set).is_ok(), expected);
+        }
     }
 
     #[test]

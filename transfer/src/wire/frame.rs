@@ -1,13 +1,12 @@
 //! Frames: a fixed header and a body. The wire document describes them byte by byte.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use crate::config::RemoteAccess;
 use crate::error::{Rejection, TransferError};
 use crate::memory::RegionId;
 use crate::peer::{Reader, Short, Writer, access_code, access_from};
-use crate::plan::{BlockLayout, BlockSet, IDS_MAX, Order};
+use crate::plan::{BlockIds, BlockLayout, BlockSet, IDS_MAX, Order, joins_in};
 use crate::window::{GrantSpec, Scope, WindowAccess, WindowId};
 
 pub(crate) const HEADER_BYTES: usize = 24;
@@ -309,62 +308,65 @@ fn decode_layout(reader: &mut Reader<'_>) -> Result<BlockLayout, Short> {
 }
 
 /// Ids as they are, or as (first, count) pairs where that is shorter.
-fn encode_ids(out: &mut Writer, ids: &[u32]) {
-    let spans = spans(ids);
-    if spans.len() * 2 < ids.len() {
+fn encode_ids(out: &mut Writer, ids: &BlockIds) {
+    let Some(list) = ids.list() else {
+        let (first, count) = ids.as_span().unwrap_or_default();
+        let spans = u32::from(count > 0);
         out.u8(1);
-        out.u32(u32::try_from(spans.len()).unwrap_or(u32::MAX));
-        for (first, count) in spans {
+        out.u32(spans);
+        if count > 0 {
             out.u32(first);
             out.u32(count);
         }
+        return;
+    };
+    let spans = list.len() as u64 - joins_in(list, 1);
+    if spans * 2 < list.len() as u64 {
+        out.u8(1);
+        out.u32(u32::try_from(spans).unwrap_or(u32::MAX));
+        for span in list.chunk_by(|id, next| id.wrapping_add(1) == *next) {
+            out.u32(span[0]);
+            out.u32(u32::try_from(span.len()).unwrap_or(u32::MAX));
+        }
     } else {
         out.u8(0);
-        out.u32(u32::try_from(ids.len()).unwrap_or(u32::MAX));
-        for id in ids {
+        out.u32(u32::try_from(list.len()).unwrap_or(u32::MAX));
+        for id in list {
             out.u32(*id);
         }
     }
 }
 
-fn spans(ids: &[u32]) -> Vec<(u32, u32)> {
-    let mut spans: Vec<(u32, u32)> = Vec::new();
-    for &id in ids {
-        match spans.last_mut() {
-            Some((first, count)) if first.checked_add(*count) == Some(id) => *count += 1,
-            _ => spans.push((id, 1)),
-        }
-    }
-    spans
-}
-
-fn decode_ids(reader: &mut Reader<'_>) -> Result<Option<Arc<[u32]>>, Short> {
+fn decode_ids(reader: &mut Reader<'_>) -> Result<Option<BlockIds>, Short> {
     let as_spans = reader.u8()?;
     let count = usize::try_from(reader.u32()?).unwrap_or(usize::MAX);
-    let ids: Vec<u32> = match as_spans {
+    match as_spans {
         0 => {
             let raw = reader.take(count.saturating_mul(4))?;
-            raw.as_chunks::<4>()
-                .0
-                .iter()
-                .map(|id| u32::from_le_bytes(*id))
-                .collect()
+            let ids = raw.as_chunks::<4>().0.iter();
+            let ids: BlockIds = ids.map(|id| u32::from_le_bytes(*id)).collect();
+            Ok((ids.len() <= IDS_MAX).then_some(ids))
+        }
+        1 if count == 1 => {
+            let (first, count) = (reader.u32()?, reader.u32()?);
+            Ok(BlockIds::span(first, count).filter(|ids| ids.len() <= IDS_MAX))
         }
         1 => {
-            let mut ids = Vec::new();
+            let mut ids: Vec<u32> = Vec::new();
             for _ in 0..count {
                 let (first, count) = (reader.u32()?, reader.u32()?);
-                let fits = first.checked_add(count).is_some();
-                if !fits || ids.len().saturating_add(count as usize) > IDS_MAX {
+                let Some(span) = BlockIds::span(first, count) else {
+                    return Ok(None);
+                };
+                if ids.len().saturating_add(span.len()) > IDS_MAX {
                     return Ok(None);
                 }
-                ids.extend(first..first + count);
+                ids.extend(span.iter());
             }
-            ids
+            Ok(Some(ids.into()))
         }
-        _ => return Ok(None),
-    };
-    Ok((ids.len() <= IDS_MAX).then(|| ids.into()))
+        _ => Ok(None),
+    }
 }
 
 /// Body of REGION.
@@ -416,10 +418,10 @@ pub(crate) fn encode_grant(spec: &GrantSpec) -> Option<Vec<u8>> {
                 out.u64(range.end);
             }
         }
-        Scope::Blocks { layout, ids } => {
+        Scope::Blocks(blocks) => {
             out.u8(2);
-            encode_layout(&mut out, layout);
-            encode_ids(&mut out, ids);
+            encode_layout(&mut out, &blocks.layout);
+            encode_ids(&mut out, &blocks.ids);
         }
     }
     (out.bytes.len() <= BODY_BYTES_MAX).then_some(out.bytes)
@@ -459,10 +461,7 @@ fn read_grant(reader: &mut Reader<'_>) -> Result<Option<GrantSpec>, Short> {
             let Some(ids) = decode_ids(reader)? else {
                 return Ok(None);
             };
-            Scope::Blocks {
-                layout,
-                ids: ids.to_vec(),
-            }
+            Scope::blocks(layout, &ids)
         }
         _ => return Ok(None),
     };
@@ -534,10 +533,7 @@ mod tests {
         for scope in [
             Scope::Region,
             Scope::Ranges(vec![1..2, 5..9]),
-            Scope::Blocks {
-                layout: BlockLayout::contiguous(8, 16),
-                ids: vec![1, 2, 7],
-            },
+            Scope::blocks(BlockLayout::contiguous(8, 16), &[1, 2, 7].into()),
         ] {
             let spec = GrantSpec {
                 region: RegionId(1),

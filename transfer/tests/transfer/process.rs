@@ -180,7 +180,7 @@ impl Blocks {
         blockplane_transfer::LocalBlocks {
             registration,
             layout: self.layout,
-            ids: self.ids.clone(),
+            ids: self.ids.clone().into(),
             layers: self.layers.clone(),
         }
     }
@@ -195,7 +195,7 @@ impl Blocks {
             peer,
             region,
             layout: self.layout,
-            ids: self.ids.clone(),
+            ids: self.ids.clone().into(),
             layers: self.layers.clone(),
             window,
         }

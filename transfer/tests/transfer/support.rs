@@ -97,14 +97,14 @@ impl Pair {
             LocalBlocks {
                 registration: local.0,
                 layout: local.1.layout,
-                ids: local.1.ids.clone(),
+                ids: local.1.ids.clone().into(),
                 layers: local.1.layers.clone(),
             },
             RemoteBlocks {
                 peer: &self.peer,
                 region: remote.0.id(),
                 layout: remote.1.layout,
-                ids: remote.1.ids.clone(),
+                ids: remote.1.ids.clone().into(),
                 layers: remote.1.layers.clone(),
                 window,
             },
