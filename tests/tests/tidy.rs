@@ -52,6 +52,10 @@ const READS_ENVIRONMENT: &[(&str, &str)] = &[
         "tests/src/fixtures.rs",
         "a test executable is configured by its environment only",
     ),
+    (
+        "transfer/tests/chaos/main.rs",
+        "a seed to repeat is named there, and nowhere else can it be",
+    ),
     ("tests/tests/tidy.rs", "names the calls it looks for"),
 ];
 

@@ -142,10 +142,6 @@ impl WireClient {
 
     /// The connection is gone.
     pub(super) fn lost(&self, cause: LossCause) {
-        let mut questions = self.questions.lock();
-        questions.lost = true;
-        drop(questions);
-        self.answered.notify_all();
         if let Some(session) = self.session() {
             session.lose(cause);
         }
@@ -509,6 +505,9 @@ impl Backend for WireClient {
     }
 
     fn abandon(&self) {
+        // The session knows by now why the peer is lost: whoever waits for an answer can say so.
+        self.questions.lock().lost = true;
+        self.answered.notify_all();
         for &at in &self.data_at {
             self.reactors.remove(at);
         }

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use blockplane_transfer::{
     Agent, AgentConfig, ArenaConfig, Lane, LossCause, Metadata, Op, Peer, PostError, PostOptions,
-    RegionId, RemoteAccess, RemoteBlocks, TransferError, WindowAccess, WindowId, WindowScope,
+    PrepareError, RegionId, RemoteAccess, RemoteBlocks, TransferError, WindowAccess, WindowId,
+    WindowScope,
 };
 
 use crate::support::{Blocks, WAIT, arena, bytes, fill, fill_byte, scattered};
@@ -372,6 +373,39 @@ fn stopped(lane: Lane) {
         .unwrap();
 }
 
+/// Somebody waits for an answer of a stopped process when the connection ends.
+fn a_question_ends_with_the_connection(lane: Lane) {
+    let mut config = config("me", lane);
+    config.peer_loss_timeout = Duration::from_secs(60);
+    config.connect_timeout = Duration::from_secs(60);
+    let agent = Agent::new(config).unwrap();
+    let local = arena(&agent, BLOCK);
+    let other = Other::start(lane);
+    let peer = agent.connect(&other.metadata, WAIT).unwrap();
+    other.signal(rustix::process::Signal::STOP);
+    let side = Blocks::flat(1, BLOCK, &[0]);
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(|| {
+            let remote = side.remote(&peer, other.region, None);
+            agent
+                .prepare(Op::Write, side.local(&local), remote)
+                .map(|_| ())
+        });
+        // Whether the question is asked before or after makes no difference.
+        peer.disconnect();
+        let started = Instant::now();
+        let answer = asking.join().unwrap();
+        assert!(
+            started.elapsed() < WAIT,
+            "it waits although nobody can answer"
+        );
+        match answer {
+            Err(PrepareError::PeerLost(lost)) => assert_eq!(lost.cause, LossCause::Disconnected),
+            other => panic!("{other:?}"),
+        }
+    });
+}
+
 /// The target's side: the process that writes into its window is stopped, then killed.
 fn writer_stopped_and_killed(lane: Lane) {
     let agent = Agent::new(config("me", lane)).unwrap();
@@ -453,4 +487,10 @@ macro_rules! processes {
     };
 }
 
-processes! { killed, stopped, writer_stopped_and_killed, closed_under_a_writer }
+processes! {
+    killed,
+    stopped,
+    a_question_ends_with_the_connection,
+    writer_stopped_and_killed,
+    closed_under_a_writer,
+}
