@@ -157,7 +157,10 @@ pub(crate) fn greet(
     socket.read_exact(&mut body)?;
     match (header.kind, Code::from(header.code)) {
         (Kind::Welcome, _) => Welcome::decode(&body).ok_or(HandshakeFailure::Malformed),
-        (Kind::Refuse, Some(Code::Stale)) => Err(HandshakeFailure::Stale),
+        // To a data connection it says that its control connection is over, which can be tried again.
+        (Kind::Refuse, Some(Code::Stale)) if hello.role == HelloRole::Control => {
+            Err(HandshakeFailure::Stale)
+        }
         (Kind::Refuse, Some(code)) => Err(HandshakeFailure::Refused(code)),
         _ => Err(HandshakeFailure::Malformed),
     }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockplane_transfer::{
-    Agent, ArenaConfig, LossCause, Metadata, Op, Peer, PostError, PostOptions, PrepareError,
-    RegionId, Registration, RemoteAccess, WindowId,
+    Agent, ArenaConfig, ConnectError, LossCause, Metadata, Op, Peer, PostError, PostOptions,
+    PrepareError, RegionId, Registration, RemoteAccess, WindowId,
 };
 
 use crate::blocks::{self, Blocks, copy};
@@ -33,6 +33,8 @@ pub(crate) enum Slot {
 pub(crate) struct Actor {
     pub(crate) agent: Agent,
     pub(crate) link: Arc<Link>,
+    /// Nothing happens to either process: connections end only when this side ends them.
+    strict: bool,
     pub(crate) random: Random,
     pub(crate) peer: Peer,
     pub(crate) connection: u64,
@@ -53,14 +55,27 @@ pub(crate) struct Actor {
     pub(crate) failed: u64,
 }
 
-pub(crate) fn connect(agent: &Agent, link: &Link) -> Result<Peer, Gone> {
+/// Connects. A handshake may break only where a process is stopped in the middle of it.
+fn connect(agent: &Agent, link: &Link, strict: bool) -> Result<Peer, Gone> {
     let metadata = Metadata::from_bytes(&from_hex(&link.ask("metadata")?)).unwrap();
-    Ok(agent.connect(&metadata, WAIT).unwrap())
+    for _ in 0..10 {
+        match agent.connect(&metadata, WAIT) {
+            Ok(peer) => return Ok(peer),
+            Err(error @ ConnectError::NoLane { .. }) if !strict => assert!(error.retryable()),
+            Err(error) => panic!("connect: {error}"),
+        }
+    }
+    panic!("ten handshakes in a row have failed");
 }
 
 impl Actor {
-    pub(crate) fn start(agent: &Agent, link: &Arc<Link>, seed: u64) -> Result<Self, Gone> {
-        let peer = connect(agent, link)?;
+    pub(crate) fn start(
+        agent: &Agent,
+        link: &Arc<Link>,
+        seed: u64,
+        strict: bool,
+    ) -> Result<Self, Gone> {
+        let peer = connect(agent, link, strict)?;
         let bytes = LOCAL_SLOTS * SLOT;
         let local = [
             agent.allocate(ArenaConfig::new(bytes, "own")).unwrap(),
@@ -69,6 +84,7 @@ impl Actor {
         let mut actor = Self {
             agent: agent.clone(),
             link: link.clone(),
+            strict,
             random: Random::new(seed),
             peer,
             connection: 1,
@@ -108,7 +124,7 @@ impl Actor {
         self.link = link.clone();
         self.canaries.retain(|canary| !canary.remote);
         let old = self.peer.clone();
-        self.peer = connect(&self.agent, link)?;
+        self.peer = connect(&self.agent, link, self.strict)?;
         self.connection += 1;
         assert_ne!(old.epoch(), self.peer.epoch());
         assert!(
@@ -408,7 +424,7 @@ impl Actor {
     /// The connection is over: everything ends, and a new one works.
     fn reconnect(&mut self) -> Result<(), Gone> {
         self.land()?;
-        self.peer = connect(&self.agent, &self.link)?;
+        self.peer = connect(&self.agent, &self.link, self.strict)?;
         self.connection += 1;
         // Where the owner places bytes by itself, what it had received may still arrive until it
         // closes the window.

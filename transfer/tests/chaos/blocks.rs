@@ -87,7 +87,7 @@ impl Blocks {
         LocalBlocks {
             registration,
             layout: self.layout,
-            ids: self.ids.clone(),
+            ids: self.ids.clone().into(),
             layers: self.layers.clone(),
         }
     }
@@ -102,7 +102,7 @@ impl Blocks {
             peer,
             region,
             layout: self.layout,
-            ids: self.ids.clone(),
+            ids: self.ids.clone().into(),
             layers: self.layers.clone(),
             window,
         }

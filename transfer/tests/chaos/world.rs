@@ -106,7 +106,7 @@ fn run_together(world: World) -> Report {
     std::thread::scope(|scope| {
         let other = scope.spawn(|| play(&agents[1], &links[1], seed ^ (1 << 40), true));
         let mut random = Random::new(seed);
-        let mut actor = Actor::start(&agents[0], &links[0], random.next()).unwrap();
+        let mut actor = Actor::start(&agents[0], &links[0], random.next(), true).unwrap();
         for _ in 0..steps(&mut random) {
             actor.step().unwrap();
         }
@@ -130,7 +130,7 @@ fn steps(random: &mut Random) -> u64 {
 fn play(agent: &Agent, link: &Arc<Link>, seed: u64, strict: bool) {
     let mut random = Random::new(seed);
     let played = (|| {
-        let mut actor = Actor::start(agent, link, random.next())?;
+        let mut actor = Actor::start(agent, link, random.next(), strict)?;
         for _ in 0..steps(&mut random) {
             actor.step()?;
         }
@@ -249,7 +249,8 @@ fn run_apart(world: World) -> Report {
     let proxy = (event == Event::Reset).then(Proxy::start);
     let port = proxy.as_ref().map_or(0, Proxy::port);
     let mut other = Other::start(world, 0, event, &owner, port);
-    let mut actor = Actor::start(&agent, &other.link, random.next()).unwrap();
+    let mut actor =
+        Actor::start(&agent, &other.link, random.next(), silence(event) > SILENCE).unwrap();
     other.go();
     for _ in 0..steps(&mut random) {
         actor.step().unwrap();
