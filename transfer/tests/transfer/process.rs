@@ -386,7 +386,7 @@ fn a_question_ends_with_the_connection(lane: Lane) {
     let side = Blocks::flat(1, BLOCK, &[0]);
     std::thread::scope(|scope| {
         let asking = scope.spawn(|| {
-            let remote = side.remote(&peer, other.region, None);
+            let remote = side.remote(&peer, other.region, Some(WindowId(1)));
             agent
                 .prepare(Op::Write, side.local(&local), remote)
                 .map(|_| ())
