@@ -75,7 +75,7 @@ impl Core {
         let copies = CopyPool::start(&config)
             .inspect_err(|_| timers.stop())
             .map_err(|e| io("start a copy thread", e))?;
-        let reactors = Reactors::start(config.io_threads)
+        let reactors = Reactors::start(config.io_threads, config.io_spin)
             .inspect_err(|_| {
                 timers.stop();
                 copies.stop();

@@ -120,6 +120,14 @@ impl Backend for Faulty {
         self.inner.notify(transfer)
     }
 
+    fn help(&self, transfer: &Arc<TransferState>, until: Instant) {
+        self.inner.help(transfer, until);
+    }
+
+    fn wake_helpers(&self) {
+        self.inner.wake_helpers();
+    }
+
     fn abandon(&self) {
         self.inner.abandon();
     }

@@ -48,6 +48,15 @@ pub(crate) trait Backend: Send + Sync + fmt::Debug {
     /// given to [`TransferState::notified`] otherwise.
     fn notify(&self, transfer: &Arc<TransferState>) -> Option<Result<(), TransferError>>;
 
+    /// Lends the calling thread, which waits for the transfer, to whatever brings it forward, until
+    /// it is finished or `until` passes. May return early.
+    fn help(&self, transfer: &Arc<TransferState>, until: Instant) {
+        let _ = (transfer, until);
+    }
+
+    /// A transfer is finished that a thread parked in [`Self::help`] waits for.
+    fn wake_helpers(&self) {}
+
     /// The peer is lost: give all claimed parts back.
     fn abandon(&self);
 

@@ -1,13 +1,16 @@
 //! The tcp lane: payload from and into registered memory over several connections.
 
 use std::net::{TcpStream, ToSocketAddrs};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::{LaneFailure, Opened, greeting, time_left};
 use crate::agent::Core;
 use crate::peer::Metadata;
-use crate::wire::{ConnectedWire, HandshakeFailure, HelloRole, Socket, WireClient, greet};
+use crate::wire::{
+    ConnectedWire, HandshakeFailure, HelloRole, Socket, WireClient, greet, tune, tune_data,
+};
 
 pub(super) fn open(
     core: &Arc<Core>,
@@ -19,12 +22,13 @@ pub(super) fn open(
         .tcp
         .as_deref()
         .ok_or_else(|| LaneFailure::unusable("the peer does not listen on TCP"))?;
-    let mut control = connect(address, until)?;
+    let mut control = connect(core, address, until)?;
     let hello = greeting(core, metadata, HelloRole::Control);
     let welcome = greet(&mut control, &hello)?;
     let mut data = Vec::with_capacity(core.config.tcp_streams);
     for _ in 0..core.config.tcp_streams {
-        let mut stream = connect(address, until)?;
+        let mut stream = connect(core, address, until)?;
+        tune_data(stream.as_fd(), &core.config).map_err(HandshakeFailure::Io)?;
         let role = HelloRole::Data {
             nonce: welcome.nonce,
         };
@@ -44,7 +48,7 @@ pub(super) fn open(
     Ok((client, format!("TCP to {address}"), streams))
 }
 
-fn connect(address: &str, until: Instant) -> Result<TcpStream, LaneFailure> {
+fn connect(core: &Core, address: &str, until: Instant) -> Result<TcpStream, LaneFailure> {
     let resolved = address
         .to_socket_addrs()
         .map_err(|e| LaneFailure::unusable(format_args!("cannot resolve {address}: {e}")))?;
@@ -52,7 +56,7 @@ fn connect(address: &str, until: Instant) -> Result<TcpStream, LaneFailure> {
     for address in resolved {
         match TcpStream::connect_timeout(&address, time_left(until)?) {
             Ok(stream) => {
-                stream.set_nodelay(true).map_err(HandshakeFailure::Io)?;
+                tune(stream.as_fd(), &core.config).map_err(HandshakeFailure::Io)?;
                 let left = Some(time_left(until)?);
                 stream
                     .set_read_timeout(left)

@@ -5,7 +5,7 @@
 //! gate reports that nothing is left: an error is never visible while bytes can still move.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use super::gate::Gate;
 use super::work::{Path, Work};
 use crate::agent::{Core, Session, TimerKey};
 use crate::error::TransferError;
+use crate::wire::Wanted;
 
 /// Where the notification of an operation stands, for the FIFO of its session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +44,8 @@ pub(crate) struct TransferState {
     turn: AtomicU8,
     started: AtomicBool,
     finished: AtomicBool,
+    /// Threads that serve sockets while they wait for this operation, and are parked.
+    helpers_parked: AtomicUsize,
     cell: Mutex<Cell>,
     done: Condvar,
 }
@@ -90,6 +93,7 @@ impl TransferState {
             turn: AtomicU8::new(Turn::Waiting as u8),
             started: AtomicBool::new(false),
             finished: AtomicBool::new(false),
+            helpers_parked: AtomicUsize::new(0),
             cell: Mutex::new(Cell {
                 phase: Phase::Moving,
                 verdict: None,
@@ -113,7 +117,13 @@ impl TransferState {
     }
 
     /// Waits for the end; `None` when `until` passes first.
-    pub(crate) fn wait_until(&self, until: Instant) -> Option<Result<(), TransferError>> {
+    pub(crate) fn wait_until(
+        self: &Arc<Self>,
+        until: Instant,
+    ) -> Option<Result<(), TransferError>> {
+        if !self.here() {
+            self.session.backend().help(self, until);
+        }
         let mut cell = self.cell.lock();
         loop {
             if let Phase::Finished(outcome) = &cell.phase {
@@ -273,7 +283,7 @@ impl TransferState {
             return;
         }
         cell.phase = Phase::Finished(outcome.clone());
-        self.finished.store(true, Ordering::Release);
+        self.finished.store(true, Ordering::SeqCst);
         let wakers = std::mem::take(&mut cell.wakers);
         let timer = cell.timer.take();
         drop(cell);
@@ -289,6 +299,26 @@ impl TransferState {
         });
         self.core.counters.finished(outcome, bytes);
         self.done.notify_all();
+        if self.helpers_parked.load(Ordering::SeqCst) > 0 {
+            self.session.backend().wake_helpers();
+        }
         wakers.into_iter().for_each(Waker::wake);
+    }
+}
+
+impl Wanted for TransferState {
+    fn here(&self) -> bool {
+        self.finished.load(Ordering::Acquire)
+    }
+
+    fn parked(&self, parked: bool) -> bool {
+        // Sequentially consistent with the end of the operation: either that sees the parked
+        // thread, or the thread sees the end.
+        if parked {
+            self.helpers_parked.fetch_add(1, Ordering::SeqCst);
+        } else {
+            self.helpers_parked.fetch_sub(1, Ordering::SeqCst);
+        }
+        self.finished.load(Ordering::SeqCst)
     }
 }

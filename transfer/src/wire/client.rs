@@ -12,7 +12,7 @@ use super::channel::{NotificationChannel, Sent};
 use super::control::{ControlRx, ControlTx, Frame, Violation};
 use super::data::{DataCommand, DataStream, Key, Role};
 use super::frame::{Code, Header, Kind, RegionAnswer, decode_grant};
-use super::reactor::{Flow, Placement, Reactors, Source};
+use super::reactor::{Event, Flow, Placement, Reactors, Source};
 use super::socket::Socket;
 use super::watch::{ProcessWatch, Pulse};
 use crate::agent::{CopyPool, Core, MappedMemory, RemoteMemory, RemoteRegion, Session, Timers};
@@ -197,7 +197,7 @@ impl WireClient {
     }
 
     /// The target has answered for this part.
-    fn stripe_answered(&self, key: Key, code: Code) {
+    pub(super) fn stripe_answered(&self, key: Key, code: Code) {
         let transfer = self
             .parts
             .lock()
@@ -348,7 +348,6 @@ impl WireClient {
                     transfer.notified(&code.outcome(None));
                 }
             }
-            Kind::StripeDone => self.stripe_answered((header.id, header.part), code),
             Kind::Hello
             | Kind::Welcome
             | Kind::Refuse
@@ -359,6 +358,7 @@ impl WireClient {
             | Kind::Rang
             | Kind::Ring
             | Kind::Bell
+            | Kind::StripeDone
             | Kind::Write
             | Kind::WriteAbort
             | Kind::Read
@@ -504,6 +504,24 @@ impl Backend for WireClient {
         None
     }
 
+    fn help(&self, transfer: &Arc<TransferState>, until: Instant) {
+        let stripes = match transfer.work.as_ref().map(|work| &work.path) {
+            Some(Path::Stream { stripes }) => &stripes[..],
+            // Only the answer to the notification is missing.
+            None => &[],
+            Some(Path::Copy { .. }) => return,
+        };
+        let at = stripes.first().map(|stripe| self.data_at[stripe.stream]);
+        let at = at.unwrap_or(self.control_at);
+        self.reactors.help(at, until, &**transfer);
+    }
+
+    fn wake_helpers(&self) {
+        for &at in self.data_at.iter().chain([&self.control_at]) {
+            self.reactors.wake(at);
+        }
+    }
+
     fn abandon(&self) {
         // The session knows by now why the peer is lost: whoever waits for an answer can say so.
         self.questions.lock().lost = true;
@@ -531,8 +549,8 @@ impl Source for ClientControl {
         self.rx.socket().as_fd()
     }
 
-    fn ready(&mut self, _readable: bool, writable: bool) -> Flow {
-        if writable {
+    fn ready(&mut self, event: Event) -> Flow {
+        if event.writable {
             self.client.control.flush();
         }
         let client = &self.client;

@@ -146,7 +146,7 @@ fn stripe(
 #[test]
 fn stripes_that_lie_are_refused_and_nothing_lands() {
     let victim = Victim::new();
-    let (mut control, mut data) = victim.enter();
+    let (_control, mut data) = victim.enter();
     let layout = BlockLayout::contiguous(8, 1000);
     let window = victim
         .agent
@@ -207,7 +207,7 @@ fn stripes_that_lie_are_refused_and_nothing_lands() {
         let byte = if expected == Code::Ok { 7 } else { 9 };
         data.write_all(&Header::new(Kind::Data, id, 0).with_body(&[byte; 1000]))
             .unwrap();
-        let (answer, _) = next_frame(&mut control).unwrap();
+        let (answer, _) = next_frame(&mut data).unwrap();
         assert_eq!((answer.kind, answer.id), (Kind::StripeDone, id));
         assert_eq!(Code::from(answer.code), Some(expected), "case {number}");
     }
@@ -226,7 +226,7 @@ fn stripes_that_lie_are_refused_and_nothing_lands() {
 #[test]
 fn a_window_that_closes_in_the_middle_of_a_chunk_stops_it() {
     let victim = Victim::new();
-    let (mut control, mut data) = victim.enter();
+    let (_control, mut data) = victim.enter();
     let layout = BlockLayout::contiguous(8, 1000);
     let window = victim
         .agent
@@ -254,7 +254,7 @@ fn a_window_that_closes_in_the_middle_of_a_chunk_stops_it() {
     window.close(WAIT).unwrap();
     victim.guarded.write_at(0, &[7; 8000]).unwrap();
     data.write_all(&rest).unwrap();
-    let (answer, _) = next_frame(&mut control).unwrap();
+    let (answer, _) = next_frame(&mut data).unwrap();
     assert_eq!(
         (answer.kind, answer.code),
         (Kind::StripeDone, Code::WindowClosed as u8)

@@ -11,10 +11,9 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use super::control::{ControlRx, ControlTx, Frame, Violation};
-use super::data::Key;
 use super::frame::{Code, Header, Kind, RegionAnswer, StripeSpec, encode_grant};
 use super::handshake::Hello;
-use super::reactor::{Flow, Placement, Reactors, Source};
+use super::reactor::{Event, Flow, Placement, Reactors, Source};
 use super::socket::Socket;
 use super::watch::Pulse;
 use crate::agent::{Core, next_session_key};
@@ -244,10 +243,9 @@ impl Incoming {
 
     // ---- stripes ----
 
-    pub(super) fn stripe_done(&self, (id, part): Key, code: Code) {
+    /// Bytes of a stripe were placed, and no more will be.
+    pub(super) fn placed(&self) {
         self.placed.fetch_add(1, Ordering::Release);
-        self.control
-            .header(Header::new(Kind::StripeDone, id, part).code(code));
     }
 
     /// Checks what an initiator wants to write or read. It may have done so itself; it may lie.
@@ -442,9 +440,9 @@ impl Source for IncomingControl {
         self.rx.socket().as_fd()
     }
 
-    fn ready(&mut self, _readable: bool, writable: bool) -> Flow {
+    fn ready(&mut self, event: Event) -> Flow {
         let incoming = &self.incoming;
-        if writable {
+        if event.writable {
             incoming.control.flush();
         }
         if self.condemned {

@@ -17,8 +17,9 @@ use super::data::{DataStream, Role};
 use super::frame::{Code, HEADER_BYTES, Header, Kind};
 use super::handshake::{HELLO_BYTES_MAX, Hello, HelloRole, Welcome};
 use super::incoming::{Incoming, IncomingControl};
-use super::reactor::{Flow, Reactors, Source};
+use super::reactor::{Event, Flow, Reactors, Source};
 use super::socket::Socket;
+use super::tuning::{tune, tune_data};
 use super::watch::{ProcessWatch, process_of};
 use crate::agent::{Core, random_u64};
 use crate::config::{AgentConfig, Lane};
@@ -190,7 +191,9 @@ impl Listener {
         match &self.socket {
             Bound::Tcp(listener) => {
                 let (stream, _) = listener.accept()?;
-                stream.set_nodelay(true)?;
+                if let Some(core) = self.core.upgrade() {
+                    tune(stream.as_fd(), &core.config)?;
+                }
                 Ok((stream.into(), false))
             }
             Bound::Unix(bound) => Ok((bound.listener.accept()?.0.into(), true)),
@@ -248,7 +251,7 @@ impl Source for Listener {
         }
     }
 
-    fn ready(&mut self, _readable: bool, _writable: bool) -> Flow {
+    fn ready(&mut self, _event: Event) -> Flow {
         loop {
             match self.accept() {
                 Ok((fd, unix)) => self.welcome(fd, unix),
@@ -381,6 +384,12 @@ impl Guest {
         else {
             return self.refuse(Code::Stale);
         };
+        if !self.unix
+            && let Err(error) = tune_data(self.socket.as_fd(), &core.config)
+        {
+            tracing::warn!(%error, "cannot set the options of a stream");
+            return self.refuse(Code::Busy);
+        }
         let at = self.reactors.place_data();
         if !incoming.add_place(at, true) {
             return self.refuse(Code::Busy);
@@ -404,7 +413,7 @@ impl Source for Guest {
         self.socket.as_fd()
     }
 
-    fn ready(&mut self, _readable: bool, _writable: bool) -> Flow {
+    fn ready(&mut self, _event: Event) -> Flow {
         match self.read() {
             Ok(true) => self.enter(),
             Ok(false) => Flow::Keep,

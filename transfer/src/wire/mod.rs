@@ -16,6 +16,7 @@ mod incoming;
 mod listen;
 mod reactor;
 mod socket;
+mod tuning;
 mod watch;
 
 pub(crate) use channel::NotificationChannel;
@@ -23,6 +24,7 @@ pub(crate) use client::{ConnectedWire, WireClient};
 pub(crate) use handshake::{HandshakeFailure, Hello, HelloRole, greet};
 pub(crate) use incoming::Incoming;
 pub(crate) use listen::Listeners;
-pub(crate) use reactor::Reactors;
+pub(crate) use reactor::{Reactors, Wanted};
 pub(crate) use socket::Socket;
+pub(crate) use tuning::{tune, tune_data};
 pub(crate) use watch::process_of;

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::reactor::{Flow, Source};
+use super::reactor::{Event, Flow, Source};
 
 /// Times of one connection: when to send a heartbeat, and when silence means loss.
 #[derive(Debug)]
@@ -79,8 +79,8 @@ impl<F: FnOnce() + Send> Source for ProcessWatch<F> {
         self.process.as_fd()
     }
 
-    fn ready(&mut self, readable: bool, _writable: bool) -> Flow {
-        if !readable {
+    fn ready(&mut self, event: Event) -> Flow {
+        if !event.readable {
             return Flow::Keep;
         }
         if let Some(ended) = self.ended.take() {

@@ -15,15 +15,21 @@ use std::sync::Arc;
 use super::client::WireClient;
 use super::frame::{HEADER_BYTES, Header, Kind, StripeSpec};
 use super::incoming::{Admitted, Incoming};
-use super::reactor::{Flow, Source};
+use super::reactor::{Event, Flow, Source};
 use super::socket::{Pieces, Socket};
 use crate::error::LossCause;
-use crate::memory::Region;
+use crate::memory::{Region, copy_bytes};
 use crate::op::{Path, TransferState};
 use crate::plan::{BlockSet, Order, Segments};
 
 /// Bytes moved in one direction before other connections get their turn.
-const BYTES_PER_TURN: usize = 8 << 20;
+const BYTES_PER_TURN: usize = 2 << 20;
+/// The same for a command: it may run on the thread that posts, which has better things to do than
+/// to send a large operation.
+const BYTES_PER_COMMAND: usize = 256 << 10;
+/// Room for bytes that are received ahead. What belongs to blocks is copied out of it, so it is
+/// small; enough for the headers of a few frames and a block of 4 KiB.
+const AHEAD_BYTES: usize = 4608;
 /// Frames handled before other connections get their turn.
 const FRAMES_PER_TURN: usize = 1024;
 const SCRATCH_BYTES: usize = 64 << 10;
@@ -58,18 +64,57 @@ pub(crate) struct DataStream {
     tx: Tx,
     readable: bool,
     writable: bool,
+    /// The other side is gone: read until the end shows.
+    ended: bool,
     pieces: Pieces,
 }
 
 struct Rx {
-    header: [u8; HEADER_BYTES],
-    header_got: usize,
+    ahead: Ahead,
     state: RxState,
     /// Target: the stripe that DATA frames fill.
     placing: Option<Placing>,
     /// Initiator: where DATA frames go.
     sinks: HashMap<Key, Sink>,
     scratch: Vec<u8>,
+}
+
+/// Bytes that came along with what was asked for: the next headers, or a small frame.
+struct Ahead {
+    bytes: Box<[u8; AHEAD_BYTES]>,
+    start: usize,
+    end: usize,
+}
+
+impl Ahead {
+    fn new() -> Self {
+        Self {
+            bytes: Box::new([0; AHEAD_BYTES]),
+            start: 0,
+            end: 0,
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.bytes[self.start..self.end]
+    }
+
+    fn take(&mut self, count: usize) {
+        self.start += count;
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        }
+    }
+
+    /// Adds the free room behind the waiting bytes to `pieces`.
+    fn offer(&mut self, pieces: &mut Pieces) {
+        if self.start > 0 {
+            self.bytes.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        let end = self.end;
+        push_rest(pieces, &mut self.bytes[..], end);
+    }
 }
 
 enum RxState {
@@ -92,21 +137,55 @@ struct Sink {
 
 struct Tx {
     queue: VecDeque<Out>,
+    /// Answers to stripes of the peer, which do not wait for what is queued.
+    answers: Vec<Out>,
 }
 
 enum Out {
     Frame { bytes: Vec<u8>, sent: usize },
-    Stripe(OutStripe),
+    Stripe(Box<OutStripe>),
 }
 
+/// A stripe on its way out: the announcing frame, chunks of payload, a closing frame.
 struct OutStripe {
     key: Key,
     origin: Origin,
-    /// The announcing frame, and how much of it is sent.
-    prologue: Vec<u8>,
-    prologue_sent: usize,
+    prologue: Small,
     range: Range<u64>,
     chunk: Option<Chunk>,
+    /// Goes out behind the last byte, and only then.
+    epilogue: Small,
+}
+
+/// A frame that goes out with payload, and how much of it is sent.
+struct Small {
+    bytes: Vec<u8>,
+    sent: usize,
+}
+
+impl Small {
+    const fn new(bytes: Vec<u8>) -> Self {
+        Self { bytes, sent: 0 }
+    }
+
+    fn begun(&self) -> bool {
+        self.sent > 0
+    }
+
+    fn over(&self) -> bool {
+        self.sent == self.bytes.len()
+    }
+
+    fn push(&mut self, pieces: &mut Pieces) {
+        push_rest(pieces, &mut self.bytes, self.sent);
+    }
+
+    /// Books sent bytes; what is left of `count` belongs to what follows.
+    fn book(&mut self, count: u64) -> u64 {
+        let taken = count.min((self.bytes.len() - self.sent) as u64);
+        self.sent += usize::try_from(taken).unwrap_or(0);
+        count - taken
+    }
 }
 
 struct Chunk {
@@ -141,8 +220,7 @@ impl DataStream {
             role,
             chunk_bytes,
             rx: Rx {
-                header: [0; HEADER_BYTES],
-                header_got: 0,
+                ahead: Ahead::new(),
                 state: RxState::Header,
                 placing: None,
                 sinks: HashMap::new(),
@@ -150,24 +228,27 @@ impl DataStream {
             },
             tx: Tx {
                 queue: VecDeque::new(),
+                answers: Vec::new(),
             },
             readable: true,
             writable: true,
+            ended: false,
             pieces: Pieces::new(),
         }
     }
 
-    fn turn(&mut self) -> Flow {
+    /// Receives and sends until both would block or a share of `bytes` is moved.
+    fn turn(&mut self, bytes: usize) -> Flow {
         let mut again = false;
         if self.readable {
-            match self.receive() {
+            match self.receive(bytes) {
                 Ok(Turn::WouldBlock) => self.readable = false,
                 Ok(Turn::Over) => again = true,
                 Err(cause) => return self.lose(cause),
             }
         }
         if self.writable {
-            match self.transmit() {
+            match self.transmit(bytes) {
                 Ok(Turn::WouldBlock) => {}
                 Ok(Turn::Over) => again = true,
                 Err(cause) => return self.lose(cause),
@@ -214,17 +295,17 @@ impl DataStream {
         match work.op {
             crate::op::Op::Write => {
                 let prologue = Header::new(Kind::Write, key.0, part).with_body(&body);
-                self.tx.queue.push_back(Out::Stripe(OutStripe {
+                self.tx.queue.push_back(Out::Stripe(Box::new(OutStripe {
                     key,
                     origin: Origin::Own {
                         transfer,
                         set: stripe.set,
                     },
-                    prologue,
-                    prologue_sent: 0,
+                    prologue: Small::new(prologue),
                     range: stripe.range.clone(),
                     chunk: None,
-                }));
+                    epilogue: Small::new(Vec::new()),
+                })));
             }
             crate::op::Op::Read => {
                 let sink = Sink {
@@ -269,7 +350,7 @@ impl DataStream {
         }
         // Stripes that have not begun go now; one that has begun ends at its chunk.
         self.tx.queue.retain(|out| match out {
-            Out::Stripe(stripe) if stripe.key.0 == id && stripe.prologue_sent == 0 => {
+            Out::Stripe(stripe) if stripe.key.0 == id && !stripe.prologue.begun() => {
                 client.give_back(stripe.key);
                 false
             }
@@ -300,15 +381,31 @@ fn fill(pieces: &mut Pieces, region: &Region, set: &BlockSet, order: Order, rang
     }
 }
 
+/// Copies bytes that were received ahead to the begin of a logical range.
+fn place(region: &Region, set: &BlockSet, order: Order, range: Range<u64>, mut bytes: &[u8]) {
+    for (offset, count) in Segments::new(set, order, range) {
+        let (now, rest) = bytes.split_at(usize::try_from(count).unwrap_or(0).min(bytes.len()));
+        // Offsets lie inside the region, whose length is a usize.
+        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+        // SAFETY: the set was validated against this region: the offset is inside.
+        let base = unsafe { region.base().add(offset) };
+        // SAFETY: the piece lies inside the region, which its owner keeps alive during the call;
+        // `now` is memory of this connection and nothing references the region's.
+        unsafe { copy_bytes(now.as_ptr(), base, now.len()) };
+        bytes = rest;
+    }
+}
+
 impl Source for DataStream {
     fn fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 
-    fn ready(&mut self, readable: bool, writable: bool) -> Flow {
-        self.readable |= readable;
-        self.writable |= writable;
-        self.turn()
+    fn ready(&mut self, event: Event) -> Flow {
+        self.readable |= event.readable;
+        self.writable |= event.writable;
+        self.ended |= event.ended;
+        self.turn(BYTES_PER_TURN)
     }
 
     fn command(&mut self, command: DataCommand) -> Flow {
@@ -316,7 +413,7 @@ impl Source for DataStream {
             DataCommand::Start { transfer, part } => self.start(transfer, part),
             DataCommand::Stop { id } => self.stop(id),
         }
-        self.turn()
+        self.turn(BYTES_PER_COMMAND)
     }
 }
 

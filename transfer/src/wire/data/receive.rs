@@ -1,51 +1,39 @@
 //! Payload in: from the socket into blocks, in place.
 
+use std::collections::HashMap;
 use std::io;
+use std::ops::Range;
+use std::sync::Arc;
 
 use super::super::frame::{BODY_BYTES_MAX, Code, HEADER_BYTES, Header, Kind, StripeSpec};
 use super::{
-    BYTES_PER_TURN, DataStream, FRAMES_PER_TURN, Key, Origin, Out, OutStripe, Placing, Role,
-    RxState, SCRATCH_BYTES, Turn, fill, push_rest,
+    AHEAD_BYTES, DataStream, FRAMES_PER_TURN, Key, Origin, Out, OutStripe, Placing, Role, RxState,
+    SCRATCH_BYTES, Sink, Small, Turn, fill, place, push_rest,
 };
 use crate::error::LossCause;
+use crate::memory::Region;
+use crate::plan::{BlockSet, Order};
+use crate::window::OpenWindow;
 
 impl DataStream {
-    pub(super) fn receive(&mut self) -> Result<Turn, LossCause> {
+    pub(super) fn receive(&mut self, bytes_max: usize) -> Result<Turn, LossCause> {
         let (mut bytes, mut frames) = (0, 0);
-        while bytes < BYTES_PER_TURN && frames < FRAMES_PER_TURN {
-            let received = match &self.rx.state {
-                RxState::Header if self.rx.header_got == HEADER_BYTES => {
-                    self.rx.header_got = 0;
-                    frames += 1;
-                    let header = Header::decode(&self.rx.header).ok_or_else(|| {
-                        LossCause::Protocol("unknown frame on a data connection".to_owned())
-                    })?;
-                    self.begin_frame(header)?;
-                    continue;
+        // A call that received less than it had room for has emptied the socket.
+        let mut drained = false;
+        while bytes < bytes_max && frames < FRAMES_PER_TURN {
+            if self.consume(&mut frames)? {
+                continue;
+            }
+            if drained && !self.ended {
+                self.heard(bytes);
+                return Ok(Turn::WouldBlock);
+            }
+            match self.fetch() {
+                Ok((0, _)) => return Err(LossCause::Closed),
+                Ok((count, asked)) => {
+                    bytes += count;
+                    drained = count < asked;
                 }
-                RxState::Header => self.receive_header(),
-                RxState::Body { header, body } if body.len() == header.len as usize => {
-                    let RxState::Body { header, body } =
-                        std::mem::replace(&mut self.rx.state, RxState::Header)
-                    else {
-                        continue;
-                    };
-                    self.frame_with_body(header, &body)?;
-                    continue;
-                }
-                RxState::Body { .. } => self.receive_body(),
-                RxState::Payload { left: 0, .. } => {
-                    self.end_payload();
-                    continue;
-                }
-                RxState::Payload { key, left, discard } => {
-                    let (key, left, discard) = (*key, *left, *discard);
-                    self.receive_payload(key, left, discard)
-                }
-            };
-            match received {
-                Ok(0) => return Err(LossCause::Closed),
-                Ok(count) => bytes += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.heard(bytes);
@@ -67,145 +55,188 @@ impl DataStream {
         }
     }
 
-    fn receive_header(&mut self) -> io::Result<usize> {
-        self.pieces.clear();
-        push_rest(&mut self.pieces, &mut self.rx.header, self.rx.header_got);
-        // SAFETY: the piece lies in `self.rx.header`, exclusively borrowed.
-        let received = unsafe { self.socket.recv(&mut self.pieces) }?;
-        self.rx.header_got += received;
-        Ok(received)
-    }
-
-    fn receive_body(&mut self) -> io::Result<usize> {
-        let RxState::Body { header, body } = &mut self.rx.state else {
-            return Ok(0);
-        };
-        // The buffer grows as bytes arrive, whatever the header promises.
-        let got = body.len();
-        let more = (header.len as usize - got).min(SCRATCH_BYTES);
-        body.resize(got + more, 0);
-        self.pieces.clear();
-        push_rest(&mut self.pieces, body, got);
-        // SAFETY: the piece lies in `body`, exclusively borrowed.
-        let received = unsafe { self.socket.recv(&mut self.pieces) };
-        body.truncate(got + *received.as_ref().unwrap_or(&0));
-        received
-    }
-
-    fn receive_payload(&mut self, key: Key, left: u32, discard: bool) -> io::Result<usize> {
-        self.pieces.clear();
-        let received = if discard {
-            self.receive_scratch(left)
-        } else {
-            match &self.role {
-                Role::Target(_) => self.receive_placed(left),
-                Role::Initiator(_) => self.receive_sink(key, left),
+    /// Goes one step with the bytes that are there; false when more are needed.
+    fn consume(&mut self, frames: &mut usize) -> Result<bool, LossCause> {
+        match &mut self.rx.state {
+            RxState::Header => {
+                let Some(header) = self.rx.ahead.bytes().first_chunk::<HEADER_BYTES>() else {
+                    return Ok(false);
+                };
+                let header = Header::decode(header).ok_or_else(|| {
+                    LossCause::Protocol("unknown frame on a data connection".to_owned())
+                })?;
+                self.rx.ahead.take(HEADER_BYTES);
+                *frames += 1;
+                self.begin_frame(header)?;
+                Ok(true)
             }
-        }?;
+            RxState::Body { header, body } => {
+                let ahead = self.rx.ahead.bytes();
+                let more = ahead.len().min(header.len as usize - body.len());
+                body.extend_from_slice(&ahead[..more]);
+                let whole = body.len() == header.len as usize;
+                self.rx.ahead.take(more);
+                if whole
+                    && let RxState::Body { header, body } =
+                        std::mem::replace(&mut self.rx.state, RxState::Header)
+                {
+                    self.frame_with_body(header, &body)?;
+                }
+                Ok(whole)
+            }
+            RxState::Payload { left: 0, .. } => {
+                self.end_payload();
+                Ok(true)
+            }
+            RxState::Payload { key, left, discard } => {
+                let (key, left, discard) = (*key, *left, *discard);
+                let there = self.rx.ahead.bytes().len().min(left as usize);
+                if there > 0 {
+                    if discard {
+                        self.received(there);
+                    } else {
+                        self.place_ahead(key, there);
+                    }
+                    self.rx.ahead.take(there);
+                }
+                Ok(there > 0)
+            }
+        }
+    }
+
+    /// Asks the socket for what the state needs, and for the begin of what follows it: bytes
+    /// received, and bytes there was room for.
+    fn fetch(&mut self) -> io::Result<(usize, usize)> {
+        self.pieces.clear();
+        match &mut self.rx.state {
+            RxState::Payload { key, left, discard } => {
+                let (key, left, discard) = (*key, *left, *discard);
+                self.fetch_payload(key, left, discard)
+            }
+            RxState::Body { header, body } if header.len as usize - body.len() > AHEAD_BYTES => {
+                // The buffer grows as bytes arrive, whatever the header promises.
+                let got = body.len();
+                let more = (header.len as usize - got).min(SCRATCH_BYTES);
+                body.resize(got + more, 0);
+                push_rest(&mut self.pieces, body, got);
+                // SAFETY: the piece lies in `body`, exclusively borrowed.
+                let received = unsafe { self.socket.recv(&mut self.pieces) };
+                body.truncate(got + *received.as_ref().unwrap_or(&0));
+                Ok((received?, more))
+            }
+            RxState::Body { .. } | RxState::Header => {
+                self.rx.ahead.offer(&mut self.pieces);
+                let asked = self.pieces.bytes();
+                // SAFETY: the piece lies in the buffer of `ahead`, exclusively borrowed.
+                let received = unsafe { self.socket.recv(&mut self.pieces) }?;
+                self.rx.ahead.end += received;
+                Ok((received, asked))
+            }
+        }
+    }
+
+    /// Receives payload into its blocks, or into nowhere.
+    fn fetch_payload(&mut self, key: Key, left: u32, discard: bool) -> io::Result<(usize, usize)> {
+        let window = self.window_of_placing();
+        let open = window.as_ref().map(|window| window.enter());
+        if discard || !self.may_place(key, matches!(open, Some(None))) {
+            self.rx.scratch.resize(SCRATCH_BYTES, 0);
+            let count = self.rx.scratch.len().min(left as usize);
+            self.pieces.push(self.rx.scratch.as_mut_ptr(), count);
+        } else if let Some(blocks) = blocks(&mut self.rx.placing, &mut self.rx.sinks, key) {
+            let range = blocks.range.start..blocks.range.start + u64::from(left);
+            fill(
+                &mut self.pieces,
+                blocks.region,
+                blocks.set,
+                blocks.order,
+                range,
+            );
+        }
+        if self.pieces.bytes() == left as usize && !self.pieces.full() {
+            self.rx.ahead.offer(&mut self.pieces);
+        }
+        let asked = self.pieces.bytes();
+        // SAFETY: the pieces lie in buffers of this connection, or come from a set that was
+        // validated against a region that the stripe or the transfer keeps alive; a window guard is
+        // held for them, and region memory has no references.
+        let received = unsafe { self.socket.recv(&mut self.pieces) }?;
+        drop(open);
         // What is beyond the payload is the next header.
         let payload = received.min(left as usize);
-        if let RxState::Payload { left, .. } = &mut self.rx.state {
-            *left -= u32::try_from(payload).unwrap_or(*left);
-            if *left == 0 {
-                self.rx.header_got = received - payload;
-            }
-        }
-        Ok(received)
+        self.rx.ahead.end += received - payload;
+        self.received(payload);
+        Ok((received, asked))
     }
 
-    fn receive_scratch(&mut self, left: u32) -> io::Result<usize> {
-        self.rx.scratch.resize(SCRATCH_BYTES, 0);
-        let count = self.rx.scratch.len().min(left as usize);
-        self.pieces.push(self.rx.scratch.as_mut_ptr(), count);
-        // SAFETY: the piece lies in the scratch buffer, exclusively borrowed.
-        unsafe { self.socket.recv(&mut self.pieces) }
+    /// Puts payload that was received ahead into its blocks.
+    fn place_ahead(&mut self, key: Key, count: usize) {
+        let window = self.window_of_placing();
+        let open = window.as_ref().map(|window| window.enter());
+        if self.may_place(key, matches!(open, Some(None))) {
+            let ahead = &self.rx.ahead.bytes[self.rx.ahead.start..][..count];
+            let blocks = blocks(&mut self.rx.placing, &mut self.rx.sinks, key);
+            if let Some(blocks) = blocks {
+                let range = blocks.range.start..blocks.range.start + count as u64;
+                place(blocks.region, blocks.set, blocks.order, range, ahead);
+            }
+        }
+        drop(open);
+        self.received(count);
     }
 
-    /// Target: bytes of a WRITE into their blocks.
-    fn receive_placed(&mut self, left: u32) -> io::Result<usize> {
-        let Role::Target(incoming) = &self.role else {
-            return Ok(0);
+    /// Books payload that has arrived.
+    fn received(&mut self, count: usize) {
+        let RxState::Payload { key, left, discard } = &mut self.rx.state else {
+            return;
         };
-        let Some(placing) = &mut self.rx.placing else {
-            return Ok(0);
-        };
-        let Some(stripe) = &mut placing.stripe else {
-            return Ok(0);
-        };
-        let open = stripe.window.as_ref().map(|window| window.enter());
-        let refused = match &open {
-            Some(None) => Some(Code::WindowClosed),
-            _ if stripe.region.released() => Some(Code::UnknownRegion),
-            _ => None,
-        };
-        if let Some(code) = refused {
-            incoming.stripe_done(placing.key, code);
-            drop(open);
-            placing.stripe = None;
-            if let RxState::Payload { discard, .. } = &mut self.rx.state {
-                *discard = true;
-            }
-            return self.receive_scratch(left);
+        *left -= u32::try_from(count).unwrap_or(*left);
+        if !*discard && let Some(blocks) = blocks(&mut self.rx.placing, &mut self.rx.sinks, *key) {
+            blocks.range.start += count as u64;
         }
-        let end = stripe.range.start + u64::from(left);
-        let range = stripe.range.start..end;
-        fill(
-            &mut self.pieces,
-            &stripe.region,
-            &stripe.set,
-            stripe.order,
-            range,
-        );
-        if self.pieces.bytes() == left as usize && !self.pieces.full() {
-            push_rest(&mut self.pieces, &mut self.rx.header, 0);
-        }
-        // SAFETY: the pieces come from a set that was validated against a region that `stripe`
-        // keeps alive, or lie in `self.rx.header`; region memory has no references.
-        let received = unsafe { self.socket.recv(&mut self.pieces) }?;
-        stripe.range.start += (received as u64).min(u64::from(left));
-        Ok(received)
     }
 
-    /// Initiator: bytes of a READ into local blocks.
-    fn receive_sink(&mut self, key: Key, left: u32) -> io::Result<usize> {
-        let Role::Initiator(client) = &self.role else {
-            return Ok(0);
-        };
-        let Some(sink) = self.rx.sinks.get_mut(&key) else {
-            return Ok(0);
-        };
-        if sink.transfer.called_off() {
-            self.rx.sinks.remove(&key);
-            client.give_back(key);
-            if let RxState::Payload { discard, .. } = &mut self.rx.state {
-                *discard = true;
+    fn window_of_placing(&self) -> Option<Arc<OpenWindow>> {
+        let stripe = self.rx.placing.as_ref()?.stripe.as_ref()?;
+        stripe.window.clone()
+    }
+
+    /// Whether payload may still go into its blocks. If not, its owner is told and the rest of the
+    /// frame is thrown away. A `closed` window is one whose guard could not be had.
+    fn may_place(&mut self, key: Key, closed: bool) -> bool {
+        match &self.role {
+            Role::Target(incoming) => {
+                let stripe = self.rx.placing.as_mut().map(|placing| &mut placing.stripe);
+                if let Some(Some(stripe)) = &stripe
+                    && !closed
+                    && !stripe.region.released()
+                {
+                    return true;
+                }
+                if let Some(stripe) = stripe.and_then(Option::take) {
+                    incoming.placed();
+                    let code = if stripe.region.released() {
+                        Code::UnknownRegion
+                    } else {
+                        Code::WindowClosed
+                    };
+                    self.answer_write(key, code);
+                }
             }
-            return self.receive_scratch(left);
+            Role::Initiator(client) => {
+                if let Some(sink) = self.rx.sinks.get(&key) {
+                    if !sink.transfer.called_off() {
+                        return true;
+                    }
+                    self.rx.sinks.remove(&key);
+                    client.give_back(key);
+                }
+            }
         }
-        let Some(set) = sink
-            .transfer
-            .work
-            .as_ref()
-            .and_then(|work| work.sets.get(sink.set))
-        else {
-            return Ok(0);
-        };
-        let range = sink.range.start..sink.range.start + u64::from(left);
-        fill(
-            &mut self.pieces,
-            &set.local_region,
-            &set.local,
-            set.order,
-            range,
-        );
-        if self.pieces.bytes() == left as usize && !self.pieces.full() {
-            push_rest(&mut self.pieces, &mut self.rx.header, 0);
+        if let RxState::Payload { discard, .. } = &mut self.rx.state {
+            *discard = true;
         }
-        // SAFETY: the pieces come from a set that was validated against a region that the transfer
-        // keeps alive, or lie in `self.rx.header`; region memory has no references.
-        let received = unsafe { self.socket.recv(&mut self.pieces) }?;
-        sink.range.start += (received as u64).min(u64::from(left));
-        Ok(received)
+        false
     }
 
     fn begin_frame(&mut self, header: Header) -> Result<(), LossCause> {
@@ -264,8 +295,15 @@ impl DataStream {
                 if let Some(placing) = self.rx.placing.take_if(|placing| placing.key == key)
                     && placing.stripe.is_some()
                 {
-                    incoming.stripe_done(key, Code::Aborted);
+                    incoming.placed();
+                    self.answer_write(key, Code::Aborted);
                 }
+            }
+            (Kind::StripeDone, Role::Initiator(client)) if header.len == 0 => {
+                let Some(code) = Code::from(header.code) else {
+                    return protocol("unknown answer");
+                };
+                client.stripe_answered(key, code);
             }
             (Kind::ReadCancel, Role::Target(_)) if header.len == 0 => self.drop_served(key),
             (Kind::ReadDone, Role::Initiator(client)) if header.len == 0 => {
@@ -304,18 +342,19 @@ impl DataStream {
                     self.push_read_done(key, Code::Busy);
                 } else {
                     let range = stripe.range.clone();
-                    self.tx.queue.push_back(Out::Stripe(OutStripe {
+                    let done = Header::new(Kind::ReadDone, key.0, key.1).code(Code::Ok);
+                    self.tx.queue.push_back(Out::Stripe(Box::new(OutStripe {
                         key,
                         origin: Origin::Served(stripe),
-                        prologue: Vec::new(),
-                        prologue_sent: 0,
+                        prologue: Small::new(Vec::new()),
                         range,
                         chunk: None,
-                    }));
+                        epilogue: Small::new(done.encode().to_vec()),
+                    })));
                 }
             }
             Err(code) if write => {
-                incoming.stripe_done(key, code);
+                self.answer_write(key, code);
                 // The payload is on its way: it is thrown away.
                 self.rx.placing = Some(Placing { key, stripe: None });
             }
@@ -342,7 +381,46 @@ impl DataStream {
                 .is_some_and(|stripe| stripe.range.is_empty())
         };
         if let Some(placing) = self.rx.placing.take_if(whole) {
-            incoming.stripe_done(placing.key, Code::Ok);
+            incoming.placed();
+            self.answer_write(placing.key, Code::Ok);
         }
     }
+}
+
+/// Where payload of a stripe goes.
+struct Blocks<'a> {
+    region: &'a Region,
+    set: &'a BlockSet,
+    order: Order,
+    /// What is left of the stripe.
+    range: &'a mut Range<u64>,
+}
+
+/// The blocks of the stripe that is being placed, or of a READ of this agent.
+fn blocks<'a>(
+    placing: &'a mut Option<Placing>,
+    sinks: &'a mut HashMap<Key, Sink>,
+    key: Key,
+) -> Option<Blocks<'a>> {
+    if let Some(placing) = placing {
+        let stripe = placing.stripe.as_mut()?;
+        return Some(Blocks {
+            region: &stripe.region,
+            set: &stripe.set,
+            order: stripe.order,
+            range: &mut stripe.range,
+        });
+    }
+    let Sink {
+        transfer,
+        set,
+        range,
+    } = sinks.get_mut(&key)?;
+    let set = transfer.work.as_ref()?.sets.get(*set)?;
+    Some(Blocks {
+        region: &set.local_region,
+        set: &set.local,
+        order: set.order,
+        range,
+    })
 }
