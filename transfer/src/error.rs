@@ -290,6 +290,14 @@ pub enum PostError {
         /// The limit.
         limit: usize,
     },
+    /// The completion queue is full: take completions out first.
+    #[error(
+        "{limit} transfers are in flight or waiting to be taken out, the capacity of the completion queue"
+    )]
+    CompletionQueueFull {
+        /// The capacity.
+        limit: usize,
+    },
     /// The notification is too large.
     #[error("notification of {bytes} bytes; accepted: up to {limit} (`notification_bytes_max`)")]
     NotificationTooLarge {
@@ -313,7 +321,10 @@ impl PostError {
     /// Whether the same call may succeed later (for a lost peer: after reconnecting).
     #[must_use]
     pub const fn retryable(&self) -> bool {
-        matches!(self, Self::PeerLost(_) | Self::TooManyInFlight { .. })
+        matches!(
+            self,
+            Self::PeerLost(_) | Self::TooManyInFlight { .. } | Self::CompletionQueueFull { .. }
+        )
     }
 }
 

@@ -61,6 +61,17 @@
 //! # }
 //! ```
 //!
+//! # Seeing what happens
+//!
+//! * The end of a transfer: [`Transfer::wait`], await, or for many transfers a [`CompletionQueue`]
+//!   with a descriptor for any poll or epoll loop. None of them needs a thread that spins.
+//! * One transfer: [`Transfer::telemetry`]. One connection: [`Peer::stats`]. All of them:
+//!   [`Agent::stats`]. Bytes, operations and latency histograms by lane and direction, outcomes,
+//!   and how much is and was in flight. Always on.
+//! * Traces: `tracing` spans named `transfer` with the target `blockplane_transfer`, at debug level,
+//!   carry the request ([`PostOptions::request_id`]), peer, lane, direction and bytes. They cost
+//!   nothing when nobody listens.
+//!
 //! # What can be relied on
 //!
 //! * Memory that a transfer names stays registered and mapped until no byte of it moves, whatever
@@ -123,10 +134,11 @@ pub use error::{
 };
 pub use memory::{HostMemory, HugePageUse, RegionId, RegionKind, Registration};
 pub use op::{
-    CancelOutcome, Descriptor, LocalBlocks, Notification, Notifications, Op, Plan, PostOptions,
-    Prepared, Recv, RecvError, RemoteBlocks, RemoteDescriptor, Transfer, TransferStatus,
+    CancelOutcome, Completion, CompletionQueue, Descriptor, LocalBlocks, Notification,
+    Notifications, Op, Plan, PostOptions, Prepared, Recv, RecvError, RemoteBlocks,
+    RemoteDescriptor, Transfer, TransferStatus, TransferTelemetry,
 };
 pub use peer::{Metadata, RegionInfo};
 pub use plan::{BlockIds, BlockLayout, LayoutError};
-pub use stats::AgentStats;
+pub use stats::{AgentStats, FlowStats, LatencyHistogram, PeerStats};
 pub use window::{Closed, Window, WindowAccess, WindowBusy, WindowId, WindowScope};

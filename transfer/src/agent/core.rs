@@ -24,7 +24,7 @@ pub(crate) struct Core {
     pub(crate) name: Arc<str>,
     pub(crate) epoch: u64,
     pub(crate) config: AgentConfig,
-    pub(crate) counters: Counters,
+    pub(crate) counters: Arc<Counters>,
     pub(crate) timers: Arc<Timers>,
     pub(crate) copies: Arc<CopyPool>,
     pub(crate) notifications: Arc<NotificationQueue>,
@@ -84,7 +84,7 @@ impl Core {
         let core = Arc::new(Self {
             name: config.name.as_str().into(),
             epoch,
-            counters: Counters::default(),
+            counters: Arc::default(),
             timers,
             copies,
             notifications,
@@ -393,7 +393,7 @@ impl Core {
 
     pub(super) fn stats(&self) -> AgentStats {
         let sessions = self.sessions();
-        let mut stats = self.counters.snapshot();
+        let mut stats = self.counters.of_agent();
         let (received, refused) = self.notifications.ring_counts();
         stats.notifications_received = stats.notifications_received.wrapping_add(received);
         stats.notifications_refused = stats.notifications_refused.wrapping_add(refused);
@@ -401,7 +401,6 @@ impl Core {
             .iter()
             .filter(|session| session.lost().is_none())
             .count();
-        stats.in_flight = sessions.iter().map(|session| session.in_flight()).sum();
         stats.regions = self.regions.read().len();
         stats.windows = self.windows.lock().len();
         stats

@@ -18,10 +18,11 @@ use crate::error::{
 };
 use crate::memory::{HostMemory, Registration};
 use crate::op::{
-    Descriptor, LocalBlocks, Notifications, Op, Prepared, RemoteBlocks, RemoteDescriptor, Transfer,
+    CompletionQueue, Descriptor, LocalBlocks, Notifications, Op, PostOptions, Prepared,
+    RemoteBlocks, RemoteDescriptor, Transfer,
 };
 use crate::peer::Metadata;
-use crate::stats::AgentStats;
+use crate::stats::{AgentStats, PeerStats};
 use crate::window::{Window, WindowAccess, WindowScope};
 
 pub(crate) use copy::CopyPool;
@@ -170,13 +171,49 @@ impl Agent {
         payload: impl Into<Bytes>,
         deadline: Duration,
     ) -> Result<Transfer, PostError> {
+        self.notify_with(peer, payload, PostOptions::within(deadline))
+    }
+
+    /// [`Agent::notify`] with more to say than a deadline. The payload takes the place of the
+    /// notification in `options`.
+    ///
+    /// # Errors
+    /// Nothing was sent; the error says why.
+    pub fn notify_with(
+        &self,
+        peer: &Peer,
+        payload: impl Into<Bytes>,
+        options: PostOptions,
+    ) -> Result<Transfer, PostError> {
         let session = self
             .core()
             .session_of(peer)
             .ok_or_else(|| PostError::ForeignPeer {
                 peer: peer.name().to_owned(),
             })?;
-        crate::op::post(self.core(), session, None, Some(payload.into()), deadline)
+        let options = options.notify(payload);
+        crate::op::post(self.core(), session, None, options)
+    }
+
+    /// A queue for the ends of up to `capacity` transfers, 1 to 2^24; one for each thread or loop
+    /// that wants its own.
+    ///
+    /// # Errors
+    /// The capacity is out of range, or the system has no descriptor left.
+    pub fn completion_queue(&self, capacity: usize) -> Result<CompletionQueue, AgentError> {
+        if !(1..=1 << 24).contains(&capacity) {
+            return Err(AgentError::InvalidConfig {
+                field: "capacity of a completion queue",
+                got: capacity.to_string(),
+                accepted: "1 to 2^24",
+            });
+        }
+        CompletionQueue::new(capacity, self.core().config.copy_spin).map_err(|source| {
+            AgentError::Io {
+                what: "make an eventfd".to_owned(),
+                source,
+            }
+        })
     }
 
     /// The queue of received notifications.
@@ -251,6 +288,12 @@ impl Peer {
     #[must_use]
     pub fn lane(&self) -> LaneInfo {
         self.session.lane().clone()
+    }
+
+    /// Counters of this connection.
+    #[must_use]
+    pub fn stats(&self) -> PeerStats {
+        self.session.counters().of_peer()
     }
 
     /// Whether operations can be posted.

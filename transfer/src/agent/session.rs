@@ -16,6 +16,7 @@ use crate::error::{LossCause, PeerLost, PostError, TransferError};
 use crate::memory::RegionId;
 use crate::op::TransferState;
 use crate::peer::Metadata;
+use crate::stats::Counters;
 use crate::window::{Acknowledge, Grant, GrantSpec, WindowId};
 
 /// Tells connections apart, in both directions and over all agents of the process.
@@ -52,6 +53,8 @@ pub(crate) struct Session {
     choice: LaneChoice,
     backend: Arc<dyn Backend>,
     posts_max: usize,
+    core_counters: Arc<Counters>,
+    counters: Counters,
     state: Mutex<State>,
     /// Operations whose notification is still to be sent, in the order in which they were posted.
     order: Mutex<VecDeque<Arc<TransferState>>>,
@@ -90,6 +93,8 @@ impl Session {
             choice,
             backend,
             posts_max: core.config.posts_max,
+            core_counters: core.counters.clone(),
+            counters: Counters::default(),
             state: Mutex::default(),
             order: Mutex::default(),
             regions: Mutex::default(),
@@ -127,8 +132,8 @@ impl Session {
         self.state.lock().lost.clone()
     }
 
-    pub(crate) fn in_flight(&self) -> usize {
-        self.state.lock().in_flight.len()
+    pub(crate) const fn counters(&self) -> &Counters {
+        &self.counters
     }
 
     /// Takes an operation into the books, and its notification into the order.
@@ -143,6 +148,8 @@ impl Session {
             });
         }
         state.in_flight.insert(transfer.id, transfer.clone());
+        self.core_counters.started();
+        self.counters.started();
         if transfer.notification.is_some() {
             self.order.lock().push_back(transfer.clone());
         }

@@ -1,7 +1,7 @@
 //! Preparing an operation: everything is checked and planned once, posting is cheap.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 
@@ -15,7 +15,7 @@ use super::transfer::Transfer;
 use super::work::{Path, SetPair, Work, stripe_sets};
 use crate::agent::{Core, Peer, RemoteMemory, RemoteRegion, Session};
 use crate::backend::Refusal;
-use crate::clock::after;
+use crate::clock::{after, after_instant};
 use crate::error::{PostError, PrepareError, Side};
 use crate::memory::{Region, RegionId, Registration};
 use crate::plan::{
@@ -46,17 +46,7 @@ impl Prepared {
     /// # Errors
     /// Nothing was started; the error says why.
     pub fn post(&self, options: PostOptions) -> Result<Transfer, PostError> {
-        let PostOptions {
-            deadline,
-            notification,
-        } = options;
-        post(
-            &self.core,
-            &self.session,
-            Some(&self.work),
-            notification,
-            deadline,
-        )
+        post(&self.core, &self.session, Some(&self.work), options)
     }
 }
 
@@ -65,10 +55,9 @@ pub(crate) fn post(
     core: &Arc<Core>,
     session: &Arc<Session>,
     work: Option<&Arc<Work>>,
-    notification: Option<Bytes>,
-    deadline: Duration,
+    options: PostOptions,
 ) -> Result<Transfer, PostError> {
-    if let Some(bytes) = notification.as_ref().map(Bytes::len) {
+    if let Some(bytes) = options.notification.as_ref().map(Bytes::len) {
         let limit = core.config.notification_bytes_max;
         if bytes > limit {
             return Err(PostError::NotificationTooLarge { bytes, limit });
@@ -82,24 +71,38 @@ pub(crate) fn post(
             region: set.remote_region.id,
         });
     }
+    if let Some((queue, _)) = &options.completion
+        && !queue.reserve()
+    {
+        let limit = queue.capacity();
+        return Err(PostError::CompletionQueueFull { limit });
+    }
+    let queue = options.completion.as_ref().map(|(queue, _)| queue.clone());
+    let refuse = |error| {
+        if let Some(queue) = &queue {
+            queue.release();
+        }
+        Err(error)
+    };
     if let Some(grant) = grant
         && !grant.begin()
     {
-        return Err(PostError::WindowClosed { window: grant.id });
+        return refuse(PostError::WindowClosed { window: grant.id });
     }
-    let until = after(deadline);
+    let posted = Instant::now();
+    let until = after_instant(posted, options.deadline);
     let state = TransferState::new(
         core.clone(),
         session.clone(),
         work.cloned(),
-        notification,
-        deadline,
+        posted,
+        options,
     );
     if let Err(error) = session.admit(&state) {
         if let Some(grant) = grant {
             grant.end();
         }
-        return Err(error);
+        return refuse(error);
     }
     if work.is_some() {
         session.backend().start(&state);

@@ -1,10 +1,12 @@
 //! What callers say: which blocks, which direction, how long.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::completion::CompletionQueue;
 use crate::agent::Peer;
 use crate::config::Lane;
 use crate::memory::{RegionId, Registration};
@@ -18,6 +20,15 @@ pub enum Op {
     Write,
     /// The peer's bytes into local memory.
     Read,
+}
+
+impl Op {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Write => "write",
+            Self::Read => "read",
+        }
+    }
 }
 
 /// Blocks of this agent's memory.
@@ -96,29 +107,33 @@ pub struct Plan {
 
 /// How one posting of a prepared operation goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PostOptions {
     /// The transfer fails with `DeadlineExceeded` after this time. Default 30 s.
     pub deadline: Duration,
     /// Delivered to the peer after all bytes are in place. Default none.
     pub notification: Option<Bytes>,
+    /// Where the end is reported, and with which number. Default none.
+    pub completion: Option<(CompletionQueue, u64)>,
+    /// Names the request that the transfer serves, in traces and telemetry. Default none.
+    pub request_id: Option<Arc<str>>,
 }
 
 impl Default for PostOptions {
     fn default() -> Self {
-        Self {
-            deadline: Duration::from_secs(30),
-            notification: None,
-        }
+        Self::within(Duration::from_secs(30))
     }
 }
 
 impl PostOptions {
-    /// A deadline and no notification.
+    /// A deadline and nothing else.
     #[must_use]
     pub const fn within(deadline: Duration) -> Self {
         Self {
             deadline,
             notification: None,
+            completion: None,
+            request_id: None,
         }
     }
 
@@ -126,6 +141,20 @@ impl PostOptions {
     #[must_use]
     pub fn notify(mut self, payload: impl Into<Bytes>) -> Self {
         self.notification = Some(payload.into());
+        self
+    }
+
+    /// The same with its end reported to a queue, under a number of the caller's.
+    #[must_use]
+    pub fn complete_to(mut self, queue: &CompletionQueue, token: u64) -> Self {
+        self.completion = Some((queue.clone(), token));
+        self
+    }
+
+    /// The same for a request: traces and telemetry carry its name.
+    #[must_use]
+    pub fn request_id(mut self, id: impl Into<Arc<str>>) -> Self {
+        self.request_id = Some(id.into());
         self
     }
 }

@@ -11,8 +11,12 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
+use tracing::Span;
 
+use super::completion::{Completion, CompletionQueue};
 use super::gate::Gate;
+use super::request::PostOptions;
+use super::telemetry::{Stopwatch, TransferTelemetry};
 use super::work::{Path, Work};
 use crate::agent::{Core, Session, TimerKey};
 use crate::error::TransferError;
@@ -40,6 +44,11 @@ pub(crate) struct TransferState {
     pub(crate) work: Option<Arc<Work>>,
     pub(crate) notification: Option<Bytes>,
     pub(crate) deadline: Duration,
+    completion: Option<(CompletionQueue, u64)>,
+    request_id: Option<Arc<str>>,
+    stopwatch: Stopwatch,
+    /// Carries the name of the request, the peer and the lane; nothing when nobody listens.
+    span: Span,
     gate: Gate,
     turn: AtomicU8,
     started: AtomicBool,
@@ -78,17 +87,38 @@ impl TransferState {
         core: Arc<Core>,
         session: Arc<Session>,
         work: Option<Arc<Work>>,
-        notification: Option<Bytes>,
-        deadline: Duration,
+        posted: Instant,
+        options: PostOptions,
     ) -> Arc<Self> {
+        let PostOptions {
+            deadline,
+            notification,
+            completion,
+            request_id,
+        } = options;
         let parts = work.as_ref().map_or(0, |work| work.parts);
+        let id = core.next_operation();
+        let span = tracing::debug_span!(
+            target: "blockplane_transfer",
+            "transfer",
+            id,
+            request_id = request_id.as_deref(),
+            peer = session.peer_name(),
+            lane = %session.lane().lane,
+            op = work.as_ref().map_or("notify", |work| work.op.name()),
+            bytes = work.as_ref().map_or(0, |work| work.plan.bytes),
+        );
         Arc::new(Self {
-            id: core.next_operation(),
+            id,
             core,
             session,
             work,
             notification,
             deadline,
+            completion,
+            request_id,
+            stopwatch: Stopwatch::new(posted),
+            span,
             gate: Gate::new(parts),
             turn: AtomicU8::new(Turn::Waiting as u8),
             started: AtomicBool::new(false),
@@ -173,7 +203,7 @@ impl TransferState {
         if !self.started.load(Ordering::Acquire) {
             return;
         }
-        while let Some(part) = self.gate.claim() {
+        while let Some(part) = self.claim_part() {
             work.copy_part(part);
             self.part_done();
         }
@@ -182,7 +212,9 @@ impl TransferState {
     /// The next part for a backend that moves bytes itself; each is answered by one
     /// [`Self::part_done`].
     pub(crate) fn claim_part(&self) -> Option<u32> {
-        self.gate.claim()
+        let part = self.gate.claim()?;
+        self.stopwatch.part();
+        Some(part)
     }
 
     /// Whether the rest of the bytes need not move.
@@ -205,6 +237,7 @@ impl TransferState {
             self.finish(&Err(error));
         } else if self.notification.is_some() {
             cell.phase = Phase::Notifying;
+            self.stopwatch.quiet();
             drop(cell);
             // A stop may have come in between; it has finished the operation then.
             let _ = self.turn.compare_exchange(
@@ -282,6 +315,15 @@ impl TransferState {
         if matches!(cell.phase, Phase::Finished(_)) {
             return;
         }
+        // What is counted is counted before anybody can see the end.
+        let elapsed = self.stopwatch.end();
+        let (op, bytes, lane) = match &self.work {
+            Some(work) => (Some(work.op), work.plan.bytes, work.plan.lane),
+            None => (None, 0, self.session.lane().lane),
+        };
+        for counters in [&self.core.counters, self.session.counters()] {
+            counters.finished(lane, op, outcome, bytes, elapsed);
+        }
         cell.phase = Phase::Finished(outcome.clone());
         self.finished.store(true, Ordering::SeqCst);
         let wakers = std::mem::take(&mut cell.wakers);
@@ -291,18 +333,71 @@ impl TransferState {
         if let Some(timer) = timer {
             self.core.timers.cancel(timer);
         }
-        let bytes = self.work.as_ref().map_or(0, |work| {
-            if let Some(grant) = &work.grant {
-                grant.end();
-            }
-            work.plan.bytes
-        });
-        self.core.counters.finished(outcome, bytes);
+        if let Some(work) = &self.work
+            && let Some(grant) = &work.grant
+        {
+            grant.end();
+        }
+        self.trace_end(outcome, elapsed);
         self.done.notify_all();
         if self.helpers_parked.load(Ordering::SeqCst) > 0 {
             self.session.backend().wake_helpers();
         }
         wakers.into_iter().for_each(Waker::wake);
+        if let Some((queue, token)) = &self.completion {
+            queue.complete(Completion {
+                token: *token,
+                outcome: outcome.clone(),
+                bytes,
+                elapsed,
+            });
+        }
+    }
+
+    fn trace_end(&self, outcome: &Result<(), TransferError>, elapsed: Duration) {
+        match outcome {
+            Ok(()) => tracing::debug!(
+                target: "blockplane_transfer",
+                parent: &self.span,
+                ?elapsed,
+                "transfer done"
+            ),
+            Err(error) => tracing::debug!(
+                target: "blockplane_transfer",
+                parent: &self.span,
+                ?elapsed,
+                %error,
+                "transfer failed"
+            ),
+        }
+    }
+
+    /// How it went; `None` before the end.
+    pub(crate) fn telemetry(&self) -> Option<TransferTelemetry> {
+        let Phase::Finished(outcome) = self.phase() else {
+            return None;
+        };
+        let plan = self.work.as_ref().map(|work| &work.plan);
+        let (bytes_phase, total) = (self.stopwatch.bytes_phase(), self.stopwatch.total());
+        let lane = self.session.lane();
+        Some(TransferTelemetry {
+            id: self.id,
+            request_id: self.request_id.clone(),
+            peer: self.session.peer_name().into(),
+            posted_at: self.stopwatch.posted_at(),
+            until_first_part: self.stopwatch.until_first_part(),
+            bytes_phase,
+            notification_phase: total.saturating_sub(bytes_phase),
+            total,
+            op: plan.map(|plan| plan.op),
+            bytes: plan.map_or(0, |plan| plan.bytes),
+            runs: plan.map_or(0, |plan| plan.runs),
+            pieces: plan.map_or(0, |plan| plan.pieces),
+            parts: plan.map_or(0, |plan| plan.parts),
+            lane: plan.map_or(lane.lane, |plan| plan.lane),
+            reason: plan.map_or(&lane.reason, |plan| &plan.reason).clone(),
+            outcome,
+        })
     }
 }
 

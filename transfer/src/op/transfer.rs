@@ -8,6 +8,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use super::state::{Phase, TransferState};
+use super::telemetry::TransferTelemetry;
 use crate::clock::after;
 use crate::error::TransferError;
 
@@ -109,6 +110,13 @@ impl Transfer {
                 }
             }
         }
+    }
+
+    /// How the transfer went; `None` while it is in flight. To look at it after awaiting, await
+    /// `&mut transfer`.
+    #[must_use]
+    pub fn telemetry(&self) -> Option<TransferTelemetry> {
+        self.state.telemetry()
     }
 
     /// Lets the transfer run to its end without a handle.

@@ -10,6 +10,7 @@
 )]
 
 mod faults;
+mod observe;
 mod process;
 mod suite;
 mod support;
@@ -57,4 +58,9 @@ conformance! {
     windows_open_and_close,
     nothing_lands_behind_a_closed_window,
     bad_requests_are_named;
+    observe:
+    completions_come_to_an_event_loop,
+    every_post_completes_once_also_when_the_peer_goes,
+    telemetry_adds_up,
+    spans_name_the_request;
 }
