@@ -31,7 +31,7 @@ pub enum BenchCommand {
     /// Load an OpenAI-compatible server and measure its latencies and throughput.
     Serve(serve::ServeArgs),
     /// Move blocks between two agents and measure bandwidth, latency and idle cost.
-    Transfer(transfer::TransferArgs),
+    Transfer(Box<transfer::TransferArgs>),
     /// The other process of `bench transfer`; takes its orders on standard input.
     #[command(hide = true)]
     TransferPeer,

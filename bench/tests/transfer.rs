@@ -37,15 +37,15 @@ fn every_case_has_its_figures() {
             .collect()
     };
     for lane in ["loopback", "tcp"] {
-        for metric in [
-            "bandwidth_gb_per_s",
-            "latency_us",
-            "make_ns_per_block",
-            "post_ns_per_block",
-        ] {
-            // Two sizes, two counts, two directions.
+        // Two sizes, two counts, two directions.
+        for metric in ["bandwidth_gb_per_s", "latency_us"] {
             assert_eq!(of(lane, metric).len(), 8, "{lane} {metric}");
         }
+        // And 10,000 blocks in two patterns.
+        for metric in ["make_ns_per_block", "post_ns_per_block"] {
+            assert_eq!(of(lane, metric).len(), 10, "{lane} {metric}");
+        }
+        assert_eq!(of(lane, "post_cpu_ns_per_block").len(), 2, "{lane}");
         for record in of(lane, "bandwidth_gb_per_s") {
             let number = |field: &str| record[field].as_f64().expect("a number");
             assert!(number("value") > 0.0 && number("limit") > 0.0, "{record}");
@@ -56,8 +56,12 @@ fn every_case_has_its_figures() {
                 assert!(!record["case"][field].is_null(), "{field} in {record}");
             }
         }
-        assert_eq!(of(lane, "notify_us").len(), 1);
-        assert_eq!(of(lane, "write_notify_us").len(), 1);
+        // Receivers that spin and receivers that sleep.
+        assert_eq!(of(lane, "notify_us").len(), 2);
+        assert_eq!(of(lane, "write_notify_us").len(), 2);
+        for metric in ["metadata_us", "connect_us", "register_gib_us"] {
+            assert_eq!(of(lane, metric).len(), 1, "{lane} {metric}");
+        }
         assert_eq!(of(lane, "idle_cpu_percent").len(), 1);
     }
 }
@@ -71,7 +75,8 @@ fn people_get_a_table() {
     result.expect("all contents are right");
     assert!(out.contains("memcpy x1"), "{out}");
     assert!(out.contains("read 4K x4 scattered"), "{out}");
-    assert!(out.contains("idle and connected, both"), "{out}");
+    assert!(out.contains("notification, parked receiver"), "{out}");
+    assert!(out.contains("idle and connected for 1 s, both"), "{out}");
 }
 
 #[test]
@@ -79,6 +84,16 @@ fn an_option_that_makes_no_sense_is_named() {
     for (options, name) in [
         ("--arena-mib 0", "--arena-mib"),
         ("--arena-mib 4 --block-bytes 1m --counts 8", "--arena-mib"),
+        (
+            "--arena-mib 4 --block-bytes 1m --counts 2 --depth 3",
+            "--arena-mib",
+        ),
+        ("--threads 0", "--threads"),
+        ("--targets 2 --initiators 1", "--targets"),
+        ("--scheme one-to-many --measure idle", "--measure"),
+        ("--from file:/nowhere", "--from"),
+        ("--per-layer", "--model-config"),
+        ("--start-count 4 --max-count 2", "--start-count"),
         ("--counts 0", "--counts"),
         ("--case-ms 0", "--case-ms"),
     ] {
@@ -96,4 +111,107 @@ fn an_option_that_makes_no_sense_is_named() {
             .to_string()
             .contains("--in-process")
     );
+}
+
+/// Every scheme moves what it says between all its pairs; contents are checked by the benchmark.
+#[test]
+fn schemes_threads_and_depth_move_every_byte() {
+    for (scheme, pairs, rest) in [
+        ("pairwise --initiators 2", 2, "--depth 2"),
+        ("many-to-one", 2, "--threads 2"),
+        ("one-to-many --targets 3", 3, "--prepared no --from host"),
+        ("all-to-all", 4, "--to host --threads 2 --depth 2"),
+    ] {
+        let (result, out) = bench(
+            &format!(
+                "--lanes tcp,loopback --block-bytes 4k --counts 8 --iterations 5 --scheme {scheme} \
+                 {rest}"
+            ),
+            true,
+        );
+        result.expect("all contents are right");
+        let records: Vec<Value> = out
+            .lines()
+            .map(|line| serde_json::from_str(line).expect("one object a line"))
+            .collect();
+        for lane in ["tcp", "loopback"] {
+            for op in ["write", "read"] {
+                let of = |metric: &str| -> Vec<&Value> {
+                    let case = |r: &&Value| r["case"]["lane"] == lane && r["case"]["op"] == op;
+                    let all = records.iter().filter(|r| r["metric"] == metric);
+                    all.filter(case).collect()
+                };
+                assert_eq!(of("bandwidth_gb_per_s").len(), 1, "{scheme} {lane} {op}");
+                assert_eq!(of("pair_gb_per_s").len(), pairs, "{scheme} {lane} {op}");
+                let total = of("bandwidth_gb_per_s")[0];
+                // Five rounds of each transfer in flight.
+                let lots = match rest {
+                    "--depth 2" | "--threads 2" => 2,
+                    "--to host --threads 2 --depth 2" => 4,
+                    _ => 1,
+                };
+                assert_eq!(total["n"], 5 * lots * pairs, "{scheme} {lane} {op}");
+            }
+        }
+    }
+}
+
+#[test]
+fn ranges_take_the_place_of_lists() {
+    let (result, out) = bench(
+        "--lanes loopback --measure blocks --ops read --start-block-bytes 1k --max-block-bytes 4k \
+         --start-count 1 --max-count 2 --no-check",
+        true,
+    );
+    result.expect("it runs");
+    let cases: Vec<(u64, u64)> = out
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).expect("one object a line"))
+        .filter(|record| record["metric"] == "bandwidth_gb_per_s")
+        .map(|record| {
+            let number = |field: &str| record["case"][field].as_u64().expect("a number");
+            (number("block_bytes"), number("count"))
+        })
+        .collect();
+    let expected: Vec<_> = [1024, 2048, 4096]
+        .into_iter()
+        .flat_map(|bytes| [(bytes, 1), (bytes, 2)])
+        .collect();
+    assert_eq!(cases, expected);
+}
+
+/// One request of a small model, whole and layer by layer.
+#[test]
+fn a_model_moves_the_bytes_of_its_cache() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("config.json");
+    let config = serde_json::json!({
+        "model_type": "llama", "num_hidden_layers": 4, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "hidden_size": 512, "torch_dtype": "float16"
+    });
+    std::fs::write(&path, config.to_string()).expect("written");
+    for rest in ["", "--per-layer", "--layout block-first --tp 2"] {
+        let (result, out) = bench(
+            &format!(
+                "--lanes loopback,tcp --model-config {} --tokens 100 {rest}",
+                path.display()
+            ),
+            true,
+        );
+        result.expect("all contents are right");
+        let records: Vec<Value> = out
+            .lines()
+            .map(|line| serde_json::from_str(line).expect("one object a line"))
+            .filter(|record: &Value| record["metric"] == "bandwidth_gb_per_s")
+            .collect();
+        // Two lanes and two directions.
+        assert_eq!(records.len(), 4, "{rest}");
+        let heads = if rest.contains("--tp 2") { 2 } else { 4 };
+        for record in records {
+            // 100 tokens are 7 blocks of 16; two planes, 4 layers, heads of 64, 2 bytes.
+            assert_eq!(record["case"]["bytes"], 7 * 16 * 2 * 4 * heads * 64 * 2);
+            assert_eq!(record["case"]["descriptors"], 7 * 4 * 2);
+            assert_eq!(record["case"]["count"], 7);
+        }
+    }
 }

@@ -28,18 +28,47 @@ fn main() -> anyhow::Result<()> {
         stdout(),
         "test both_lanes_move_bytes_between_processes ... ok"
     )?;
+    four_processes_move_bytes_between_all_of_them()?;
+    writeln!(
+        stdout(),
+        "test four_processes_move_bytes_between_all_of_them ... ok"
+    )?;
+    Ok(())
+}
+
+fn measure(line: &str) -> anyhow::Result<Vec<Value>> {
+    let Options { args } = Options::parse_from(line.split(' '));
+    let mut out = Vec::new();
+    transfer::run_to(&args, &mut Report::new(&mut out, true))?;
+    String::from_utf8(out)?
+        .lines()
+        .map(|line| Ok(serde_json::from_str(line)?))
+        .collect()
+}
+
+fn four_processes_move_bytes_between_all_of_them() -> anyhow::Result<()> {
+    let records = measure(
+        "transfer --scheme all-to-all --arena-mib 4 --block-bytes 4k --counts 16 --patterns \
+         scattered --iterations 10 --to host",
+    )?;
+    for lane in ["shm", "tcp"] {
+        for op in ["write", "read"] {
+            let of = |metric: &str| {
+                let all = records.iter().filter(|r| r["metric"] == metric);
+                all.filter(|r| r["case"]["lane"] == lane && r["case"]["op"] == op)
+                    .count()
+            };
+            assert_eq!(of("bandwidth_gb_per_s"), 1, "{lane} {op}");
+            assert_eq!(of("pair_gb_per_s"), 4, "{lane} {op}");
+        }
+    }
+    assert!(records.iter().all(|r| r["case"]["processes"] == 4));
     Ok(())
 }
 
 fn both_lanes_move_bytes_between_processes() -> anyhow::Result<()> {
     let line = "transfer --quick --arena-mib 4 --case-ms 5 --block-bytes 4k,64k --counts 1,32";
-    let Options { args } = Options::parse_from(line.split(' '));
-    let mut out = Vec::new();
-    transfer::run_to(&args, &mut Report::new(&mut out, true))?;
-    let records: Vec<Value> = String::from_utf8(out)?
-        .lines()
-        .map(serde_json::from_str)
-        .collect::<Result<_, _>>()?;
+    let records = measure(line)?;
     for lane in ["shm", "tcp"] {
         let of = |metric: &str| {
             records
@@ -48,7 +77,7 @@ fn both_lanes_move_bytes_between_processes() -> anyhow::Result<()> {
                 .count()
         };
         assert_eq!(of("bandwidth_gb_per_s"), 8, "{lane}");
-        assert_eq!(of("notify_us"), 1, "{lane}");
+        assert_eq!(of("notify_us"), 2, "{lane}");
         // One figure for each process.
         assert_eq!(of("idle_cpu_percent"), 2, "{lane}");
     }

@@ -42,6 +42,15 @@ pub struct Record {
     pub peer: Option<f64>,
     /// `value / peer`, or `value / limit` where no competitor ran.
     pub ratio: Option<f64>,
+    /// 90th percentile, where it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub p90: Option<f64>,
+    /// 99.9th percentile.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub p999: Option<f64>,
+    /// The largest observation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max: Option<f64>,
 }
 
 /// Where results go.
@@ -74,6 +83,9 @@ impl Record {
             limit: None,
             peer: None,
             ratio: None,
+            p90: None,
+            p999: None,
+            max: None,
         }
     }
 
@@ -83,6 +95,25 @@ impl Record {
         self.p50 = Some(p50);
         self.p99 = Some(p99);
         self
+    }
+
+    /// A median with all percentiles of its samples.
+    #[must_use]
+    pub fn of_samples(
+        bench: &'static str,
+        case: Map<String, Value>,
+        metric: &'static str,
+        unit: &'static str,
+        samples: &Samples,
+    ) -> Self {
+        let p50 = samples.median();
+        Self {
+            p90: Some(samples.percentile(90)),
+            p999: Some(samples.per_mille(999)),
+            max: Some(samples.percentile(100)),
+            ..Self::new(bench, case, metric, unit, p50, samples.len() as u64)
+                .percentiles(p50, samples.percentile(99))
+        }
     }
 
     /// The same beside a bound of the same unit, when one was measured.

@@ -28,9 +28,15 @@ impl Samples {
     /// not a number when there is none.
     #[must_use]
     pub fn percentile(&self, percent: u32) -> f64 {
+        self.per_mille(percent * 10)
+    }
+
+    /// The same in thousandths: 999 is the 99.9th percentile.
+    #[must_use]
+    pub fn per_mille(&self, per_mille: u32) -> f64 {
         let mut sorted = self.0.clone();
         sorted.sort_by(f64::total_cmp);
-        let rank = (sorted.len() * percent as usize).div_ceil(100).max(1);
+        let rank = (sorted.len() * per_mille as usize).div_ceil(1000).max(1);
         sorted.get(rank - 1).copied().unwrap_or(f64::NAN)
     }
 
@@ -45,6 +51,12 @@ impl Samples {
             n if n.is_multiple_of(2) => f64::midpoint(sorted[middle - 1], sorted[middle]),
             _ => sorted[middle],
         }
+    }
+}
+
+impl FromIterator<f64> for Samples {
+    fn from_iter<I: IntoIterator<Item = f64>>(values: I) -> Self {
+        Self(values.into_iter().collect())
     }
 }
 
@@ -128,6 +140,7 @@ mod tests {
         assert!(near(samples.median(), 100.5));
         assert!(near(samples.percentile(50), 100.0));
         assert!(near(samples.percentile(99), 198.0));
+        assert!(near(samples.per_mille(995), 199.0));
         assert!(near(samples.percentile(100), 200.0));
         assert!(near(samples.percentile(0), 1.0));
     }

@@ -1,6 +1,6 @@
-//! What is measured: lanes, operations, block sizes, counts, patterns.
+//! What is measured: lanes, operations, memory kinds, and which blocks move where.
 
-use std::{str::FromStr, sync::Arc};
+use std::{ops::Range, path::PathBuf, str::FromStr, sync::Arc};
 
 use anyhow::bail;
 use blockplane_transfer::{BlockLayout, Lane, Op};
@@ -13,96 +13,197 @@ use serde::{Deserialize, Serialize};
 pub enum LaneName {
     /// Both agents in one process (with --in-process).
     Loopback,
-    /// Memory mapped from the other process.
+    /// Memory of the other process: mapped where it is an arena.
     Shm,
     /// Sockets.
     Tcp,
 }
 
 /// A direction to measure.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum OpName {
-    /// Into the peer's memory.
+    /// From the initiator's memory into the target's.
     Write,
-    /// Out of the peer's memory.
+    /// From the target's memory into the initiator's.
     Read,
 }
 
 /// Where the blocks of a transfer lie.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Pattern {
-    /// At random places on both sides, so that none can be merged.
+    /// At random places on both sides, so that hardly any can be merged.
     Scattered,
     /// One after the other on both sides.
     Contiguous,
 }
 
-/// A number of bytes: `4096`, `4k`, `1m`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Size(pub u32);
-
-/// Block ids of one case: the i-th of one side pairs with the i-th of the other.
-#[derive(Clone, Debug)]
-pub(super) struct Blocks {
-    pub(super) pattern: Pattern,
-    pub(super) block_bytes: u32,
-    pub(super) local: Arc<[u32]>,
-    pub(super) remote: Arc<[u32]>,
-    /// Blocks that fit one side's memory.
-    places: u32,
+/// What one side of a transfer is made of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Memory {
+    /// An arena of the agent: a memory file that peers on this host can map.
+    Arena,
+    /// Ordinary memory of the process, registered with the agent.
+    Host,
+    /// A file at this path (the target's side only).
+    File(PathBuf),
 }
 
-impl Blocks {
-    pub(super) fn new(
-        pattern: Pattern,
-        block_bytes: u32,
-        count: u32,
-        arena_bytes: u64,
-        seed: u64,
-    ) -> anyhow::Result<Self> {
-        let places = u32::try_from(arena_bytes / u64::from(block_bytes)).unwrap_or(u32::MAX);
-        if count > places {
-            bail!(
-                "{count} blocks of {block_bytes} bytes do not fit {arena_bytes} bytes; raise \
-                 --arena-mib"
-            );
+/// A number of bytes: `4096`, `4k`, `1m`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Size(pub u32);
+
+/// How the blocks of one side's memory lie; the transfer crate's layout, without an offset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Shape {
+    pub(super) blocks: u32,
+    pub(super) block_stride: u64,
+    pub(super) layers: u32,
+    pub(super) layer_stride: u64,
+    pub(super) run_bytes: u64,
+}
+
+/// Some blocks of one side: the i-th of one side pairs with the i-th of the other.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Side {
+    pub(super) shape: Shape,
+    pub(super) ids: Arc<[u32]>,
+}
+
+/// What one transfer moves.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Lot {
+    /// Which of the initiator's targets.
+    pub(super) peer: usize,
+    /// Which posting thread of the initiator.
+    pub(super) thread: usize,
+    pub(super) local: Side,
+    pub(super) remote: Side,
+}
+
+/// One part of `of` equal parts of a side's memory, so that transfers that run at the same time
+/// touch different blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Slice {
+    pub(super) index: usize,
+    pub(super) of: usize,
+}
+
+/// Blocks of a size, a number and a pattern.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Case {
+    pub(super) pattern: Pattern,
+    pub(super) shape: Shape,
+    pub(super) count: u32,
+}
+
+impl Shape {
+    /// Blocks of one run each, one after the other, as many as fit.
+    pub(super) fn plain(block_bytes: u32, arena_bytes: u64) -> Self {
+        let block_bytes = u64::from(block_bytes);
+        Self {
+            blocks: u32::try_from(arena_bytes / block_bytes).unwrap_or(u32::MAX),
+            block_stride: block_bytes,
+            layers: 1,
+            layer_stride: block_bytes,
+            run_bytes: block_bytes,
         }
-        let (local, remote) = match pattern {
-            Pattern::Contiguous => ((0..count).collect(), (0..count).collect()),
-            Pattern::Scattered => (
-                distinct(places, count, seed),
-                distinct(places, count, seed ^ 1),
-            ),
-        };
-        Ok(Self {
-            pattern,
-            block_bytes,
-            local,
-            remote,
-            places,
+    }
+
+    pub(super) const fn layout(&self) -> BlockLayout {
+        BlockLayout {
+            offset: 0,
+            blocks: self.blocks,
+            block_stride: self.block_stride,
+            layers: self.layers,
+            layer_stride: self.layer_stride,
+            run_bytes: self.run_bytes,
+        }
+    }
+
+    /// Bytes of one block over all layers.
+    pub(super) const fn block_bytes(&self) -> u64 {
+        self.run_bytes * self.layers as u64
+    }
+}
+
+impl Side {
+    /// Offsets of the runs of these blocks, block after block; each is `shape.run_bytes` long.
+    pub(super) fn runs(&self) -> impl Iterator<Item = u64> + '_ {
+        let shape = self.shape;
+        self.ids.iter().flat_map(move |&id| {
+            (0..u64::from(shape.layers))
+                .map(move |layer| u64::from(id) * shape.block_stride + layer * shape.layer_stride)
         })
     }
 
-    pub(super) fn layout(&self) -> BlockLayout {
-        BlockLayout::contiguous(self.places, u64::from(self.block_bytes))
-    }
-
-    pub(super) fn count(&self) -> usize {
-        self.local.len()
-    }
-
-    pub(super) fn bytes(&self) -> usize {
-        self.count() * self.block_bytes as usize
+    pub(super) fn bytes(&self) -> u64 {
+        self.ids.len() as u64 * self.shape.block_bytes()
     }
 }
 
-/// `count` different numbers below `places`, in random order.
-fn distinct(places: u32, count: u32, seed: u64) -> Arc<[u32]> {
+impl Case {
+    /// Blocks for one transfer, in its parts of both memories.
+    pub(super) fn lot(
+        &self,
+        peer: usize,
+        thread: usize,
+        local: Slice,
+        remote: Slice,
+        seed: u64,
+    ) -> anyhow::Result<Lot> {
+        // Different seeds put the blocks of the two sides at different places.
+        Ok(Lot {
+            peer,
+            thread,
+            local: self.side(local, seed)?,
+            remote: self.side(remote, seed ^ 1)?,
+        })
+    }
+
+    fn side(&self, slice: Slice, seed: u64) -> anyhow::Result<Side> {
+        let places = slice.places(self.shape.blocks);
+        let fit = places.end - places.start;
+        if self.count > fit {
+            bail!(
+                "{} blocks of {} bytes do not fit a part of {fit} blocks ({} transfers share this \
+                 memory); raise --arena-mib",
+                self.count,
+                self.shape.block_bytes(),
+                slice.of
+            );
+        }
+        let ids = match self.pattern {
+            Pattern::Contiguous => (places.start..places.start + self.count).collect(),
+            Pattern::Scattered => distinct(places, self.count, seed),
+        };
+        Ok(Side {
+            shape: self.shape,
+            ids,
+        })
+    }
+}
+
+impl Slice {
+    fn places(self, blocks: u32) -> Range<u32> {
+        let parts = u32::try_from(self.of).unwrap_or(u32::MAX).max(1);
+        let index = u32::try_from(self.index).unwrap_or(u32::MAX);
+        let each = blocks / parts;
+        let start = each.saturating_mul(index);
+        start..start.saturating_add(each)
+    }
+}
+
+/// `count` different numbers of `places`, in random order.
+fn distinct(places: Range<u32>, count: u32, seed: u64) -> Arc<[u32]> {
     let mut rng = StdRng::seed_from_u64(seed);
-    let mut ids: Vec<u32> = (0..places).collect();
+    let mut ids: Vec<u32> = places.collect();
     // The first steps of a Fisher-Yates shuffle.
+    let places = ids.len();
     for i in 0..count as usize {
-        ids.swap(i, rng.random_range(i..places as usize));
+        ids.swap(i, rng.random_range(i..places));
     }
     ids.truncate(count as usize);
     ids.into()
@@ -128,6 +229,31 @@ impl FromStr for Size {
         match bytes {
             Some(bytes) => Ok(Self(bytes)),
             None => bail!("'{text}' is no block size; accepted: 8 to 1024m, such as 4096, 64k, 1m"),
+        }
+    }
+}
+
+impl FromStr for Memory {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        match text {
+            "arena" => Ok(Self::Arena),
+            "host" => Ok(Self::Host),
+            _ => match text.strip_prefix("file:") {
+                Some(path) if !path.is_empty() => Ok(Self::File(path.into())),
+                _ => bail!("'{text}' is no kind of memory; accepted: arena, host, file:PATH"),
+            },
+        }
+    }
+}
+
+impl Memory {
+    pub(super) const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Arena => "arena",
+            Self::Host => "host",
+            Self::File(_) => "file",
         }
     }
 }
@@ -181,6 +307,18 @@ mod tests {
 
     use super::*;
 
+    const CASE: Case = Case {
+        pattern: Pattern::Scattered,
+        shape: Shape {
+            blocks: 256,
+            block_stride: 4096,
+            layers: 1,
+            layer_stride: 4096,
+            run_bytes: 4096,
+        },
+        count: 60,
+    };
+
     #[test]
     fn sizes_are_read_with_their_unit() {
         assert_eq!("4096".parse::<Size>().unwrap(), Size(4096));
@@ -192,14 +330,45 @@ mod tests {
     }
 
     #[test]
-    fn scattered_blocks_are_distinct_in_range_and_different_on_both_sides() {
-        let blocks = Blocks::new(Pattern::Scattered, 4096, 100, 1 << 20, 5).unwrap();
-        for ids in [&blocks.local, &blocks.remote] {
-            let distinct: BTreeSet<_> = ids.iter().collect();
-            assert_eq!(distinct.len(), 100);
-            assert!(ids.iter().all(|&id| id < 256));
+    fn kinds_of_memory_are_read() {
+        assert_eq!("arena".parse::<Memory>().unwrap(), Memory::Arena);
+        assert_eq!("host".parse::<Memory>().unwrap(), Memory::Host);
+        let file = "file:/data/kv".parse::<Memory>().unwrap();
+        assert_eq!(file, Memory::File("/data/kv".into()));
+        for bad in ["", "file:", "gpu"] {
+            assert!(bad.parse::<Memory>().is_err(), "{bad}");
         }
-        assert_ne!(blocks.local, blocks.remote);
-        assert!(Blocks::new(Pattern::Scattered, 4096, 257, 1 << 20, 5).is_err());
+    }
+
+    #[test]
+    fn transfers_at_the_same_time_have_different_blocks_on_both_sides() {
+        let mut seen = [BTreeSet::new(), BTreeSet::new()];
+        for index in 0..4 {
+            let slice = Slice { index, of: 4 };
+            let lot = CASE.lot(0, 0, slice, slice, 5).unwrap();
+            assert_ne!(lot.local.ids, lot.remote.ids);
+            for (side, seen) in [&lot.local, &lot.remote].into_iter().zip(&mut seen) {
+                assert!(side.ids.iter().all(|&id| id < 256 && seen.insert(id)));
+            }
+        }
+        assert!(seen.iter().all(|seen| seen.len() == 240));
+        let fifth = Slice { index: 0, of: 5 };
+        let whole = Slice { index: 0, of: 1 };
+        assert!(CASE.lot(0, 0, fifth, whole, 5).is_err());
+    }
+
+    #[test]
+    fn runs_follow_the_strides_of_a_layer_first_pool() {
+        let shape = Shape {
+            blocks: 8,
+            block_stride: 16,
+            layers: 2,
+            layer_stride: 128,
+            run_bytes: 16,
+        };
+        let ids = [3, 0].as_slice().into();
+        let side = Side { shape, ids };
+        assert_eq!(side.runs().collect::<Vec<_>>(), [48, 176, 0, 128]);
+        assert_eq!(side.bytes(), 64);
     }
 }

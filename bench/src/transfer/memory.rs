@@ -1,75 +1,160 @@
 //! Patterned blocks in registered memory.
 //!
-//! The only unsafe code of this crate: registered memory can be written by peers at any time, so
-//! it is reached through raw pointers. The benchmarks order their accesses by completions and by
-//! the messages between the two sides.
+//! Registered memory can be written by peers at any time, so it is reached through raw pointers.
+//! The benchmarks order their accesses by completions and by the messages between the two sides.
 
-use blockplane_transfer::Registration;
+use std::ptr::NonNull;
+
+use anyhow::{Context, bail};
+use blockplane_transfer::{Agent, ArenaConfig, HostMemory, Registration, RemoteAccess};
+use rustix::mm::{Advice, madvise};
+
+use super::case::{Memory, Side};
+
+/// Registers memory of a kind with an agent.
+pub(super) fn register(agent: &Agent, kind: &Memory, bytes: usize) -> anyhow::Result<Registration> {
+    match kind {
+        Memory::Arena => Ok(agent.allocate(ArenaConfig::new(bytes, "bench"))?),
+        Memory::Host => Ok(agent.register(host(bytes)?, RemoteAccess::Open)?),
+        Memory::File(path) => bail!("{} is a file, not memory", path.display()),
+    }
+}
+
+/// Memory of this process with all its pages in place, huge ones where the kernel has them.
+pub(super) fn host(bytes: usize) -> anyhow::Result<HostMemory> {
+    const HUGE: usize = 2 << 20;
+    const PAGE: usize = 4096;
+    let mut memory = vec![0u8; bytes];
+    let start = memory.as_mut_ptr();
+    let skip = start.align_offset(HUGE);
+    let advised = (bytes.saturating_sub(skip)) / HUGE * HUGE;
+    if advised > 0 {
+        // SAFETY: `skip + advised` is at most the length of the vector.
+        let from = unsafe { start.add(skip) };
+        // SAFETY: the range lies inside the vector, and this advice changes no contents.
+        unsafe { madvise(from.cast(), advised, Advice::LinuxHugepage) }
+            .context("madvise(MADV_HUGEPAGE)")?;
+    }
+    for page in memory.iter_mut().step_by(PAGE) {
+        *page = 1;
+    }
+    Ok(memory.into())
+}
 
 /// Fills block `ids[i]` with bytes that follow from `seed` and `i`.
-pub(super) fn fill(memory: &Registration, block_bytes: usize, ids: &[u32], seed: u64) {
-    let mut block = vec![0; block_bytes];
-    for (i, &id) in ids.iter().enumerate() {
+pub(super) fn fill(memory: &Registration, side: &Side, seed: u64) {
+    let bytes = run_bytes(side);
+    let mut block = vec![0; bytes];
+    for (i, at) in side.runs().enumerate() {
         pattern(&mut block, seed, i);
-        let to = block_ptr(memory, block_bytes, id);
-        // SAFETY: `to` points at `block_bytes` bytes of the region, and `block` is elsewhere.
-        unsafe { std::ptr::copy_nonoverlapping(block.as_ptr(), to, block_bytes) };
+        let to = run_ptr(memory, at, bytes);
+        // SAFETY: `to` points at `bytes` bytes of the region, and `block` is elsewhere.
+        unsafe { std::ptr::copy_nonoverlapping(block.as_ptr(), to, bytes) };
     }
 }
 
 /// Sets blocks to zero.
-pub(super) fn clear(memory: &Registration, block_bytes: usize, ids: &[u32]) {
-    for &id in ids {
-        let to = block_ptr(memory, block_bytes, id);
-        // SAFETY: `to` points at `block_bytes` bytes of the region.
-        unsafe { std::ptr::write_bytes(to, 0, block_bytes) };
+pub(super) fn clear(memory: &Registration, side: &Side) {
+    let bytes = run_bytes(side);
+    for at in side.runs() {
+        let to = run_ptr(memory, at, bytes);
+        // SAFETY: `to` points at `bytes` bytes of the region.
+        unsafe { std::ptr::write_bytes(to, 0, bytes) };
     }
 }
 
-/// Number of blocks that do not hold what [`fill`] puts there.
-pub(super) fn mismatches(
-    memory: &Registration,
-    block_bytes: usize,
-    ids: &[u32],
-    seed: u64,
-) -> usize {
-    let mut expected = vec![0; block_bytes];
-    let mut found = vec![0; block_bytes];
-    let differs = |(i, &id): (usize, &u32)| {
+/// Number of runs that do not hold what [`fill`] puts there.
+pub(super) fn mismatches(memory: &Registration, side: &Side, seed: u64) -> usize {
+    let bytes = run_bytes(side);
+    let mut expected = vec![0; bytes];
+    let mut found = vec![0; bytes];
+    let differs = |(i, at): (usize, u64)| {
         pattern(&mut expected, seed, i);
-        let from = block_ptr(memory, block_bytes, id);
-        // SAFETY: `from` points at `block_bytes` bytes of the region, and `found` is elsewhere.
-        unsafe { std::ptr::copy_nonoverlapping(from, found.as_mut_ptr(), block_bytes) };
+        let from = run_ptr(memory, at, bytes);
+        // SAFETY: `from` points at `bytes` bytes of the region, and `found` is elsewhere.
+        unsafe { std::ptr::copy_nonoverlapping(from, found.as_mut_ptr(), bytes) };
         expected != found
     };
-    ids.iter().enumerate().map(differs).filter(|&d| d).count()
+    side.runs().enumerate().map(differs).filter(|&d| d).count()
 }
 
-/// Copies block `from_ids[i]` of one region onto block `to_ids[i]` of another: what a transfer
-/// through mapped memory cannot beat with one thread.
-pub(super) fn copy(
-    from: &Registration,
-    from_ids: &[u32],
-    to: &Registration,
-    to_ids: &[u32],
-    block_bytes: usize,
-) {
-    for (&from_id, &to_id) in from_ids.iter().zip(to_ids) {
-        let source = block_ptr(from, block_bytes, from_id);
-        let target = block_ptr(to, block_bytes, to_id);
-        // SAFETY: both point at `block_bytes` bytes; `copy` allows the regions to be the same.
-        unsafe { std::ptr::copy(source, target, block_bytes) };
+/// Addresses and lengths of a prepared copy: what a transfer through mapped memory cannot beat.
+#[derive(Debug)]
+pub(super) struct Copies(Vec<(NonNull<u8>, NonNull<u8>, usize)>);
+
+// SAFETY: plain addresses; whoever runs the copy answers for the memory.
+unsafe impl Send for Copies {}
+// SAFETY: as above.
+unsafe impl Sync for Copies {}
+
+impl Copies {
+    /// Copies from one region onto another; runs that touch on both sides are one copy.
+    pub(super) fn new(
+        (from, source): (&Registration, &Side),
+        (to, target): (&Registration, &Side),
+    ) -> Self {
+        let bytes = run_bytes(source);
+        assert_eq!(bytes, run_bytes(target), "both sides have equal runs");
+        let mut copies: Vec<(NonNull<u8>, NonNull<u8>, usize)> = Vec::new();
+        for (x, y) in source.runs().zip(target.runs()) {
+            let (x, y) = (run_ptr(from, x, bytes), run_ptr(to, y, bytes));
+            if let Some((px, py, length)) = copies.last_mut()
+                && px.as_ptr().wrapping_add(*length) == x
+                && py.as_ptr().wrapping_add(*length) == y
+            {
+                *length += bytes;
+                continue;
+            }
+            if let (Some(x), Some(y)) = (NonNull::new(x), NonNull::new(y)) {
+                copies.push((x, y, bytes));
+            }
+        }
+        Self(copies)
+    }
+
+    /// The same copies in two halves of about the same size.
+    pub(super) fn halves(&self) -> [Self; 2] {
+        if let [(x, y, bytes)] = self.0[..] {
+            let first = bytes / 2;
+            // SAFETY: `first` is below the length of the run at `x`.
+            let x2 = unsafe { x.add(first) };
+            // SAFETY: as for `x`.
+            let y2 = unsafe { y.add(first) };
+            return [
+                Self(vec![(x, y, first)]),
+                Self(vec![(x2, y2, bytes - first)]),
+            ];
+        }
+        let (first, second) = self.0.split_at(self.0.len() / 2);
+        [Self(first.to_vec()), Self(second.to_vec())]
+    }
+
+    /// Copies everything once.
+    ///
+    /// # Safety
+    /// The regions given to [`Copies::new`] are still registered, and nobody uses the bytes.
+    pub(super) unsafe fn run(&self) {
+        for &(x, y, bytes) in &self.0 {
+            // SAFETY: both point at `bytes` bytes of live regions; `copy` allows overlap.
+            unsafe { std::ptr::copy(x.as_ptr(), y.as_ptr(), bytes) };
+        }
     }
 }
 
-fn block_ptr(memory: &Registration, block_bytes: usize, id: u32) -> *mut u8 {
-    let offset = id as usize * block_bytes;
+fn run_bytes(side: &Side) -> usize {
+    usize::try_from(side.shape.run_bytes).unwrap_or(usize::MAX)
+}
+
+fn run_ptr(memory: &Registration, at: u64, bytes: usize) -> *mut u8 {
+    let offset = usize::try_from(at).unwrap_or(usize::MAX);
     assert!(
-        offset + block_bytes <= memory.len(),
-        "block {id} of {block_bytes} bytes is outside of {} bytes",
+        offset
+            .checked_add(bytes)
+            .is_some_and(|end| end <= memory.len()),
+        "{bytes} bytes at {offset} are outside of {} bytes",
         memory.len()
     );
-    // SAFETY: the block was just checked to lie inside the region.
+    // SAFETY: the run was just checked to lie inside the region.
     unsafe { memory.base_ptr().as_ptr().add(offset) }
 }
 
@@ -87,30 +172,54 @@ fn pattern(block: &mut [u8], seed: u64, index: usize) {
 
 #[cfg(test)]
 mod tests {
-    use blockplane_transfer::{Agent, AgentConfig, ArenaConfig};
+    use blockplane_transfer::AgentConfig;
 
     use super::*;
+    use crate::transfer::case::Shape;
+
+    fn side(ids: &[u32]) -> Side {
+        let shape = Shape::plain(4096, 1 << 20);
+        let ids = ids.into();
+        Side { shape, ids }
+    }
 
     #[test]
     fn wrong_contents_are_counted_by_block() {
         let agent = Agent::new(AgentConfig::new("memory-test")).unwrap();
-        let [from, to] =
-            ["from", "to"].map(|label| agent.allocate(ArenaConfig::new(1 << 20, label)).unwrap());
-        let (from_ids, to_ids) = ([3, 0, 9, 5], [7, 8, 1, 200]);
-        fill(&from, 4096, &from_ids, 1);
-        copy(&from, &from_ids, &to, &to_ids, 4096);
-        assert_eq!(mismatches(&to, 4096, &to_ids, 1), 0);
-        assert_eq!(mismatches(&to, 4096, &to_ids, 2), 4);
-        assert_eq!(mismatches(&to, 4096, &[7, 1, 8, 200], 1), 2);
-        clear(&to, 4096, &to_ids[..1]);
-        assert_eq!(mismatches(&to, 4096, &to_ids, 1), 1);
+        let from = register(&agent, &Memory::Arena, 1 << 20).unwrap();
+        let to = register(&agent, &Memory::Host, 1 << 20).unwrap();
+        // The first two touch on both sides.
+        let (from_side, to_side) = (side(&[3, 4, 0, 9, 5]), side(&[7, 8, 200, 1, 2]));
+        fill(&from, &from_side, 1);
+        let copies = Copies::new((&from, &from_side), (&to, &to_side));
+        assert_eq!(copies.0.len(), 4);
+        for half in copies.halves() {
+            // SAFETY: both regions live, and no transfer runs.
+            unsafe { half.run() };
+        }
+        assert_eq!(mismatches(&to, &to_side, 1), 0);
+        assert_eq!(mismatches(&to, &to_side, 2), 5);
+        assert_eq!(mismatches(&to, &side(&[7, 200, 8, 1, 2]), 1), 2);
+        clear(&to, &side(&[7]));
+        assert_eq!(mismatches(&to, &to_side, 1), 1);
+    }
+
+    #[test]
+    fn one_long_copy_is_halved_by_bytes() {
+        let agent = Agent::new(AgentConfig::new("memory-test")).unwrap();
+        let memory = register(&agent, &Memory::Arena, 1 << 20).unwrap();
+        let copies = Copies::new((&memory, &side(&[0, 1])), (&memory, &side(&[4, 5])));
+        let lengths = copies
+            .halves()
+            .map(|half| half.0.iter().map(|&(_, _, bytes)| bytes).sum::<usize>());
+        assert_eq!(lengths, [4096, 4096]);
     }
 
     #[test]
     #[should_panic(expected = "outside")]
     fn a_block_outside_of_the_region_is_refused() {
         let agent = Agent::new(AgentConfig::new("memory-test")).unwrap();
-        let memory = agent.allocate(ArenaConfig::new(8192, "small")).unwrap();
-        clear(&memory, 4096, &[2]);
+        let memory = register(&agent, &Memory::Arena, 8192).unwrap();
+        clear(&memory, &side(&[2]));
     }
 }

@@ -1,0 +1,285 @@
+//! The processes of a benchmark: what they are told, what they answer, and how both travel.
+
+use std::{
+    io::{self, BufRead, BufReader, Write},
+    process::{Child, Stdio},
+    sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, bail, ensure};
+use blockplane_transfer::{Metadata, RegionId};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    case::{LaneName, Memory, Side},
+    job::{Job, Ran},
+    node::Node,
+    ping::Pings,
+};
+
+/// Bound on every answer of another process and on every transfer.
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What a process is told.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "snake_case")]
+pub(super) enum Command {
+    /// Start an agent with one region; an earlier one goes.
+    Start {
+        name: String,
+        lane: LaneName,
+        memory: Memory,
+        bytes: usize,
+        settings: Settings,
+    },
+    /// Connect to these agents, in this order.
+    Connect { peers: Vec<Address> },
+    /// Fill blocks with a pattern.
+    Fill { side: Side, seed: u64 },
+    /// Clear blocks.
+    Clear { side: Side },
+    /// Compare blocks with a pattern.
+    Verify { side: Side, seed: u64 },
+    /// Post transfers and measure them.
+    Run(Job),
+    /// Measure round trips of notifications; the other side is told to echo.
+    Ping(Pings),
+    /// Answer every notification with one.
+    Echo(Pings),
+    /// Begin to take notifications and count them.
+    Drain,
+    /// End that.
+    Drained,
+    /// Tell the processor time used so far.
+    Cpu,
+    /// Stop the agent.
+    Stop,
+}
+
+/// Settings that all agents share.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Settings {
+    pub(super) tcp_streams: Option<usize>,
+    pub(super) copy_threads: Option<usize>,
+}
+
+/// What an agent is reached by.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Address {
+    /// Its metadata, hexadecimal.
+    metadata: String,
+    region: u64,
+    /// Process and address of its region, for the limits.
+    pub(super) process: u32,
+    pub(super) base: usize,
+}
+
+/// What a process answers.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub(super) enum Reply {
+    Started { address: Address },
+    Connected { reasons: Vec<String> },
+    Done,
+    Mismatches { runs: usize },
+    Ran(Ran),
+    RoundTrips { micros: Vec<f64> },
+    Notifications { count: u64 },
+    Cpu { nanos: u64 },
+    Failed { message: String },
+}
+
+/// Commands out, answers in.
+#[derive(Debug)]
+pub(super) struct Link(Way);
+
+#[derive(Debug)]
+enum Way {
+    /// This very thread; an answer waits to be taken.
+    Here(Box<Node>, Option<Reply>),
+    Thread(SyncSender<Command>, Receiver<anyhow::Result<Reply>>),
+    Process(Child, Receiver<anyhow::Result<Reply>>),
+}
+
+impl Link {
+    /// No other thread: a command is carried out when it is sent.
+    pub(super) fn here() -> Self {
+        Self(Way::Here(Box::default(), None))
+    }
+
+    /// Starts this program again.
+    pub(super) fn process() -> anyhow::Result<Self> {
+        let program = std::env::current_exe().context("the path of this program is not known")?;
+        let mut child = std::process::Command::new(&program)
+            .args(["bench", "transfer-peer"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot start {}", program.display()))?;
+        let output = child.stdout.take().context("the child has no output")?;
+        let (sender, replies) = sync_channel(1);
+        thread::Builder::new()
+            .name("bench-replies".to_owned())
+            .spawn(move || {
+                for line in BufReader::new(output).lines() {
+                    let reply = line
+                        .map_err(anyhow::Error::from)
+                        .and_then(|line| Ok(serde_json::from_str(&line)?));
+                    if sender.send(reply).is_err() {
+                        return;
+                    }
+                }
+            })?;
+        Ok(Self(Way::Process(child, replies)))
+    }
+
+    /// Starts a thread of this process.
+    pub(super) fn thread() -> anyhow::Result<Self> {
+        let (commands, inbox) = sync_channel::<Command>(1);
+        let (sender, replies) = sync_channel(1);
+        thread::Builder::new()
+            .name("bench-node".to_owned())
+            .spawn(move || {
+                let mut node = Node::default();
+                for command in inbox {
+                    if sender.send(Ok(node.handle(command))).is_err() {
+                        return;
+                    }
+                }
+            })?;
+        Ok(Self(Way::Thread(commands, replies)))
+    }
+
+    /// Sends a command whose answer is taken later by [`Self::answer`].
+    pub(super) fn send(&mut self, command: Command) -> anyhow::Result<()> {
+        match &mut self.0 {
+            Way::Here(node, reply) => {
+                *reply = Some(node.handle(command));
+                Ok(())
+            }
+            Way::Thread(commands, _) => commands.send(command).ok().context("the peer is gone"),
+            Way::Process(child, _) => {
+                let input = child.stdin.as_mut().context("the child has no input")?;
+                serde_json::to_writer(&mut *input, &command)?;
+                input.write_all(b"\n")?;
+                input.flush().context("the peer process is gone")
+            }
+        }
+    }
+
+    /// Waits for the answer to the last command, which itself may take `longer`.
+    pub(super) fn answer_after(&mut self, longer: Duration) -> anyhow::Result<Reply> {
+        let reply = match &mut self.0 {
+            Way::Here(_, reply) => reply.take().context("nothing was asked")?,
+            Way::Thread(_, replies) | Way::Process(_, replies) => {
+                match replies.recv_timeout(PATIENCE + longer) {
+                    Ok(reply) => reply?,
+                    Err(RecvTimeoutError::Timeout) => {
+                        bail!("no answer from the peer in {:?}", PATIENCE + longer)
+                    }
+                    Err(RecvTimeoutError::Disconnected) => bail!("the peer ended"),
+                }
+            }
+        };
+        match reply {
+            Reply::Failed { message } => bail!("a process of the benchmark failed: {message}"),
+            reply => Ok(reply),
+        }
+    }
+
+    /// Waits for the answer to the last command.
+    pub(super) fn answer(&mut self) -> anyhow::Result<Reply> {
+        self.answer_after(Duration::ZERO)
+    }
+
+    pub(super) fn ask(&mut self, command: Command) -> anyhow::Result<Reply> {
+        self.send(command)?;
+        self.answer()
+    }
+
+    /// A command that is answered by nothing more than that it is done.
+    pub(super) fn tell(&mut self, command: Command) -> anyhow::Result<()> {
+        match self.ask(command)? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if let Way::Process(child, _) = &mut self.0 {
+            // It ends by itself when its input ends; it has nothing to save if it does not.
+            drop(child.stdin.take());
+            if !matches!(child.try_wait(), Ok(Some(_))) {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+        }
+    }
+}
+
+/// The main function of the other processes: commands on standard input, answers on standard
+/// output.
+///
+/// # Errors
+/// When a line is not a command or the output is closed.
+pub fn run_peer() -> anyhow::Result<()> {
+    let mut node = Node::default();
+    let mut out = io::stdout();
+    for line in io::stdin().lock().lines() {
+        let command = serde_json::from_str(&line?).context("not a command")?;
+        serde_json::to_writer(&mut out, &node.handle(command))?;
+        writeln!(out)?;
+        out.flush()?;
+    }
+    Ok(())
+}
+
+pub(super) fn unexpected(reply: &Reply) -> anyhow::Error {
+    anyhow::anyhow!("unexpected answer {reply:?}")
+}
+
+impl Address {
+    pub(super) fn new(metadata: &Metadata, region: RegionId, base: usize) -> Self {
+        let bytes = metadata.to_bytes();
+        Self {
+            metadata: bytes.iter().map(|byte| format!("{byte:02x}")).collect(),
+            region: region.0,
+            process: std::process::id(),
+            base,
+        }
+    }
+
+    pub(super) fn metadata(&self) -> anyhow::Result<Metadata> {
+        Ok(Metadata::from_bytes(&from_hex(&self.metadata)?)?)
+    }
+
+    pub(super) const fn region(&self) -> RegionId {
+        RegionId(self.region)
+    }
+}
+
+fn from_hex(text: &str) -> anyhow::Result<Vec<u8>> {
+    ensure!(
+        text.len().is_multiple_of(2) && text.is_ascii(),
+        "not hexadecimal"
+    );
+    (0..text.len())
+        .step_by(2)
+        .map(|at| Ok(u8::from_str_radix(&text[at..at + 2], 16)?))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hexadecimal_is_read() {
+        assert_eq!(from_hex("00ff7a").unwrap(), [0, 255, 0x7a]);
+        assert!(from_hex("0").is_err() && from_hex("zz").is_err());
+    }
+}

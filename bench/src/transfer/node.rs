@@ -1,0 +1,253 @@
+//! One participant: an agent with one region that does what it is told.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use anyhow::{Context, ensure};
+use blockplane_transfer::{
+    Agent, AgentConfig, LocalBlocks, Notifications, Op, Peer, Prepared, RecvError, RegionId,
+    Registration, RemoteBlocks,
+};
+
+use super::{
+    case::{LaneName, Lot},
+    job,
+    link::{Address, Command, PATIENCE, Reply, Settings},
+    memory, ping,
+};
+
+/// A participant; it has nothing before it is told to start.
+#[derive(Debug, Default)]
+pub(super) struct Node {
+    active: Option<Active>,
+}
+
+/// One that was started.
+#[derive(Debug)]
+pub(super) struct Active {
+    pub(super) agent: Agent,
+    pub(super) memory: Registration,
+    pub(super) notifications: Notifications,
+    lane: LaneName,
+    pub(super) peers: Vec<Remote>,
+    drain: Option<Drain>,
+}
+
+/// Another participant, as this one sees it.
+#[derive(Debug)]
+pub(super) struct Remote {
+    pub(super) peer: Peer,
+    pub(super) region: RegionId,
+}
+
+/// A thread that takes notifications.
+#[derive(Debug)]
+struct Drain {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<u64>,
+}
+
+impl Node {
+    pub(super) fn handle(&mut self, command: Command) -> Reply {
+        self.try_handle(command)
+            .unwrap_or_else(|error| Reply::Failed {
+                message: format!("{error:#}"),
+            })
+    }
+
+    fn try_handle(&mut self, command: Command) -> anyhow::Result<Reply> {
+        match command {
+            Command::Start {
+                name,
+                lane,
+                memory,
+                bytes,
+                settings,
+            } => {
+                self.active = None;
+                let agent = agent(&name, lane, settings)?;
+                let memory = memory::register(&agent, &memory, bytes)?;
+                let base = memory.base_ptr().addr().get();
+                let address = Address::new(&agent.metadata(), memory.id(), base);
+                self.active = Some(Active {
+                    notifications: agent.notifications(),
+                    agent,
+                    memory,
+                    lane,
+                    peers: Vec::new(),
+                    drain: None,
+                });
+                return Ok(Reply::Started { address });
+            }
+            Command::Stop => self.active = None,
+            Command::Cpu => {
+                let nanos = u64::try_from(process_cpu().as_nanos())?;
+                return Ok(Reply::Cpu { nanos });
+            }
+            other => return self.active()?.handle(other),
+        }
+        Ok(Reply::Done)
+    }
+
+    fn active(&mut self) -> anyhow::Result<&mut Active> {
+        self.active.as_mut().context("no agent was started")
+    }
+}
+
+impl Active {
+    fn handle(&mut self, command: Command) -> anyhow::Result<Reply> {
+        match command {
+            Command::Connect { peers } => {
+                let reasons = peers
+                    .iter()
+                    .map(|address| self.connect(address))
+                    .collect::<anyhow::Result<_>>()?;
+                return Ok(Reply::Connected { reasons });
+            }
+            Command::Fill { side, seed } => memory::fill(&self.memory, &side, seed),
+            Command::Clear { side } => memory::clear(&self.memory, &side),
+            Command::Verify { side, seed } => {
+                let runs = memory::mismatches(&self.memory, &side, seed);
+                return Ok(Reply::Mismatches { runs });
+            }
+            Command::Run(job) => return Ok(Reply::Ran(job::run(self, &job)?)),
+            Command::Ping(pings) => {
+                let micros = ping::ping(self, &pings)?;
+                return Ok(Reply::RoundTrips { micros });
+            }
+            Command::Echo(pings) => ping::echo(self, &pings)?,
+            Command::Drain => self.drain = Some(Drain::start(&self.notifications)?),
+            Command::Drained => {
+                let drain = self.drain.take().context("nothing is drained")?;
+                let count = drain.end(&self.notifications)?;
+                return Ok(Reply::Notifications { count });
+            }
+            Command::Start { .. } | Command::Stop | Command::Cpu => {
+                anyhow::bail!("not a command for an agent")
+            }
+        }
+        Ok(Reply::Done)
+    }
+
+    fn connect(&mut self, address: &Address) -> anyhow::Result<String> {
+        let lane = self.lane;
+        let peer = self
+            .agent
+            .connect(&address.metadata()?, PATIENCE)
+            .with_context(|| format!("cannot connect over {}", lane.as_str()))?;
+        let info = peer.lane();
+        ensure!(
+            info.lane == lane.lane(),
+            "asked for {}, got {}: {}",
+            lane.as_str(),
+            info.lane,
+            info.reason
+        );
+        self.peers.push(Remote {
+            peer,
+            region: address.region(),
+        });
+        Ok(info.reason)
+    }
+
+    /// Prepares one lot, some of its layers.
+    pub(super) fn prepare(
+        &self,
+        op: Op,
+        lot: &Lot,
+        layers: std::ops::Range<u32>,
+    ) -> anyhow::Result<Prepared> {
+        let remote = self
+            .peers
+            .get(lot.peer)
+            .with_context(|| format!("not connected to peer {}", lot.peer))?;
+        Ok(self.agent.prepare(
+            op,
+            LocalBlocks {
+                registration: &self.memory,
+                layout: lot.local.shape.layout(),
+                ids: lot.local.ids.clone(),
+                layers: layers.clone(),
+            },
+            RemoteBlocks {
+                peer: &remote.peer,
+                region: remote.region,
+                layout: lot.remote.shape.layout(),
+                ids: lot.remote.ids.clone(),
+                layers,
+                window: None,
+            },
+        )?)
+    }
+}
+
+impl Drain {
+    fn start(notifications: &Notifications) -> anyhow::Result<Self> {
+        const LOOK: Duration = Duration::from_millis(50);
+        let stop = Arc::new(AtomicBool::new(false));
+        let seen = stop.clone();
+        let notifications = notifications.clone();
+        let thread = std::thread::Builder::new()
+            .name("bench-drain".to_owned())
+            .spawn(move || {
+                let mut count = 0;
+                loop {
+                    match notifications.recv_timeout(LOOK) {
+                        Ok(_) => count += 1,
+                        Err(RecvError::TimedOut) if !seen.load(Ordering::Acquire) => {}
+                        Err(RecvError::TimedOut | RecvError::Stopped(_)) => return count,
+                    }
+                }
+            })?;
+        Ok(Self { stop, thread })
+    }
+
+    fn end(self, notifications: &Notifications) -> anyhow::Result<u64> {
+        self.stop.store(true, Ordering::Release);
+        let taken = self
+            .thread
+            .join()
+            .map_err(|_| anyhow::anyhow!("the thread that takes notifications failed"))?;
+        ensure!(
+            matches!(notifications.try_recv(), Ok(None)),
+            "a notification arrived late"
+        );
+        Ok(taken)
+    }
+}
+
+/// Starts an agent that offers one lane only.
+pub(super) fn agent(name: &str, lane: LaneName, settings: Settings) -> anyhow::Result<Agent> {
+    let mut config = AgentConfig::new(name).with_lanes([lane.lane()]);
+    config.tcp_streams = settings.tcp_streams.unwrap_or(config.tcp_streams);
+    config.copy_threads = settings.copy_threads.unwrap_or(config.copy_threads);
+    Ok(Agent::new(config)?)
+}
+
+/// Processor time of this process.
+pub(super) fn process_cpu() -> Duration {
+    cpu(rustix::time::ClockId::ProcessCPUTime)
+}
+
+/// Processor time of this thread.
+pub(super) fn thread_cpu() -> Duration {
+    cpu(rustix::time::ClockId::ThreadCPUTime)
+}
+
+fn cpu(clock: rustix::time::ClockId) -> Duration {
+    let time = rustix::time::clock_gettime(clock);
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+/// Nanoseconds of the clock that all processes of this machine share.
+pub(super) fn shared_clock_nanos() -> u64 {
+    let now = cpu(rustix::time::ClockId::Monotonic);
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,72 @@
+//! What happens once: metadata, connecting, registering memory.
+
+use std::time::Instant;
+
+use anyhow::Context;
+use blockplane_transfer::{ArenaConfig, Metadata, RemoteAccess};
+
+use super::{
+    case::LaneName,
+    link::{Address, PATIENCE, Settings},
+    memory, node,
+};
+use crate::report::Samples;
+
+/// Memory that is registered to see how long that takes.
+const REGISTERED_BYTES: usize = 1 << 30;
+/// How often each thing is done.
+const TIMES: usize = 20;
+
+/// Microseconds of each step.
+pub(super) struct Setup {
+    /// Writing an agent's metadata and reading it again, without the way in between.
+    pub(super) metadata: Samples,
+    /// Connecting a new agent.
+    pub(super) connect: Samples,
+    /// Registering 1 GiB of memory of the process, with its pages in place.
+    pub(super) register: Samples,
+    /// Allocating an arena of 1 GiB.
+    pub(super) allocate: Samples,
+}
+
+pub(super) fn measure(
+    lane: LaneName,
+    target: &Address,
+    settings: Settings,
+) -> anyhow::Result<Setup> {
+    let mut setup = Setup {
+        metadata: Samples::default(),
+        connect: Samples::default(),
+        register: Samples::default(),
+        allocate: Samples::default(),
+    };
+    let metadata = target.metadata()?;
+    for i in 0..TIMES {
+        let agent = node::agent(&format!("bench-setup-{i}"), lane, settings)?;
+        let start = Instant::now();
+        let bytes = agent.metadata().to_bytes();
+        Metadata::from_bytes(&bytes).context("metadata of a new agent")?;
+        setup.metadata.push(micros(start));
+        let start = Instant::now();
+        let peer = agent.connect(&metadata, PATIENCE)?;
+        setup.connect.push(micros(start));
+        peer.disconnect();
+    }
+    let agent = node::agent("bench-setup", lane, settings)?;
+    for _ in 0..3 {
+        let memory = memory::host(REGISTERED_BYTES)?;
+        let start = Instant::now();
+        let registration = agent.register(memory, RemoteAccess::Open)?;
+        setup.register.push(micros(start));
+        drop(registration);
+        let start = Instant::now();
+        let registration = agent.allocate(ArenaConfig::new(REGISTERED_BYTES, "bench-setup"))?;
+        setup.allocate.push(micros(start));
+        drop(registration);
+    }
+    Ok(setup)
+}
+
+fn micros(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e6
+}
