@@ -41,11 +41,11 @@ fn every_case_has_its_figures() {
         for metric in ["bandwidth_gb_per_s", "latency_us"] {
             assert_eq!(of(lane, metric).len(), 8, "{lane} {metric}");
         }
-        // And 10,000 blocks in two patterns.
+        // And 10,000 blocks: scattered, and consecutive as a range and as a list.
         for metric in ["make_ns_per_block", "post_ns_per_block"] {
-            assert_eq!(of(lane, metric).len(), 10, "{lane} {metric}");
+            assert_eq!(of(lane, metric).len(), 11, "{lane} {metric}");
         }
-        assert_eq!(of(lane, "post_cpu_ns_per_block").len(), 2, "{lane}");
+        assert_eq!(of(lane, "post_cpu_ns_per_block").len(), 3, "{lane}");
         for record in of(lane, "bandwidth_gb_per_s") {
             let number = |field: &str| record[field].as_f64().expect("a number");
             assert!(number("value") > 0.0 && number("limit") > 0.0, "{record}");

@@ -392,6 +392,7 @@ impl Effective {
                     pattern,
                     shape: model.shape(self.pool_blocks(model)),
                     count: model.blocks(),
+                    listed: false,
                 });
                 continue;
             }
@@ -402,6 +403,7 @@ impl Effective {
                         pattern,
                         shape,
                         count,
+                        listed: false,
                     });
                 }
             }

@@ -3,7 +3,7 @@
 use std::{ops::Range, path::PathBuf, str::FromStr, sync::Arc};
 
 use anyhow::bail;
-use blockplane_transfer::{BlockLayout, Lane, Op};
+use blockplane_transfer::{BlockIds, BlockLayout, Lane, Op};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde::{Deserialize, Serialize};
 
@@ -70,6 +70,8 @@ pub(super) struct Shape {
 pub(super) struct Side {
     pub(super) shape: Shape,
     pub(super) ids: Arc<[u32]>,
+    /// Consecutive ids are given as a range, which is how a caller has them that allocates so.
+    pub(super) range: bool,
 }
 
 /// What one transfer moves.
@@ -97,6 +99,8 @@ pub(super) struct Case {
     pub(super) pattern: Pattern,
     pub(super) shape: Shape,
     pub(super) count: u32,
+    /// Give consecutive ids one by one all the same.
+    pub(super) listed: bool,
 }
 
 impl Shape {
@@ -130,6 +134,14 @@ impl Shape {
 }
 
 impl Side {
+    /// The ids as the transfer crate takes them.
+    pub(super) fn block_ids(&self) -> BlockIds {
+        match (self.range, &self.ids[..]) {
+            (true, &[first, .., last]) => (first..last + 1).into(),
+            _ => self.ids.clone().into(),
+        }
+    }
+
     /// Offsets of the runs of these blocks, block after block; each is `shape.run_bytes` long.
     pub(super) fn runs(&self) -> impl Iterator<Item = u64> + '_ {
         let shape = self.shape;
@@ -182,6 +194,7 @@ impl Case {
         Ok(Side {
             shape: self.shape,
             ids,
+            range: self.pattern == Pattern::Contiguous && !self.listed,
         })
     }
 }
@@ -317,6 +330,7 @@ mod tests {
             run_bytes: 4096,
         },
         count: 60,
+        listed: false,
     };
 
     #[test]
@@ -367,7 +381,11 @@ mod tests {
             run_bytes: 16,
         };
         let ids = [3, 0].as_slice().into();
-        let side = Side { shape, ids };
+        let side = Side {
+            shape,
+            ids,
+            range: false,
+        };
         assert_eq!(side.runs().collect::<Vec<_>>(), [48, 176, 0, 128]);
         assert_eq!(side.bytes(), 64);
     }

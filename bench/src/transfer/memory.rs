@@ -180,7 +180,11 @@ mod tests {
     fn side(ids: &[u32]) -> Side {
         let shape = Shape::plain(4096, 1 << 20);
         let ids = ids.into();
-        Side { shape, ids }
+        Side {
+            shape,
+            ids,
+            range: false,
+        }
     }
 
     #[test]

@@ -157,6 +157,7 @@ impl<W: Write> Run<'_, W> {
             pattern: Pattern::Scattered,
             shape,
             count: 1,
+            listed: false,
         };
         let one = self.cluster.lots(&case, way)?.swap_remove(0).swap_remove(0);
         let mut table = Table::new(&["one way", "us p50", "p90", "p99", "p99.9", "max"]);
@@ -207,11 +208,16 @@ impl<W: Write> Run<'_, W> {
             "p99",
             "post cpu ns/blk",
         ]);
-        for pattern in [Pattern::Scattered, Pattern::Contiguous] {
+        for (title, pattern, listed) in [
+            ("scattered", Pattern::Scattered, true),
+            ("contiguous, a range of ids", Pattern::Contiguous, false),
+            ("contiguous, a list of ids", Pattern::Contiguous, true),
+        ] {
             let case = Case {
                 pattern,
                 shape: Shape::plain(block_bytes, effective.bytes() as u64),
                 count: BLOCKS,
+                listed,
             };
             let way = Way {
                 threads: 1,
@@ -221,10 +227,14 @@ impl<W: Write> Run<'_, W> {
                 ..Way::new(effective)
             };
             let measured = self.cluster.measure(OpName::Write, &case, way)?;
-            let place = effective.describe(lane, OpName::Write, &case);
+            let mut place = effective.describe(lane, OpName::Write, &case);
+            place.insert(
+                "ids".to_owned(),
+                json!(if listed { "list" } else { "range" }),
+            );
             out::making(self.report, &place, &measured)?;
             table.row(vec![
-                pattern.as_str().to_owned(),
+                title.to_owned(),
                 format!("{:.2}", measured.make.median()),
                 format!("{:.2}", measured.make.percentile(99)),
                 format!("{:.2}", measured.post.median()),

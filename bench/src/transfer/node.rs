@@ -172,14 +172,14 @@ impl Active {
             LocalBlocks {
                 registration: &self.memory,
                 layout: lot.local.shape.layout(),
-                ids: lot.local.ids.clone(),
+                ids: lot.local.block_ids(),
                 layers: layers.clone(),
             },
             RemoteBlocks {
                 peer: &remote.peer,
                 region: remote.region,
                 layout: lot.remote.shape.layout(),
-                ids: lot.remote.ids.clone(),
+                ids: lot.remote.block_ids(),
                 layers,
                 window: None,
             },

@@ -134,6 +134,7 @@ fn shares(op: OpName, lot: &Lot, streams: usize) -> Vec<(Job, Job)> {
         side: Side {
             shape: side.shape,
             ids: Arc::from(&side.ids[at..(at + each).min(count)]),
+            range: side.range,
         },
     };
     (0..count)
