@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::AgentError;
+use crate::storage::StorageConfig;
 
 /// A way to move bytes to a peer. `AgentConfig::lanes` lists the allowed ones, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -16,6 +17,10 @@ pub enum Lane {
     Shm,
     /// Any peer that a TCP connection reaches.
     Tcp,
+    /// A file of this host. Names the way of an operation in its plan; never connects agents.
+    File,
+    /// An object store. Names the way of an operation in its plan; never connects agents.
+    Object,
 }
 
 impl std::fmt::Display for Lane {
@@ -24,6 +29,8 @@ impl std::fmt::Display for Lane {
             Self::Loopback => "loopback",
             Self::Shm => "shm",
             Self::Tcp => "tcp",
+            Self::File => "file",
+            Self::Object => "object",
         })
     }
 }
@@ -102,6 +109,8 @@ pub struct AgentConfig {
     pub tcp_pacing_bytes_per_s: Option<u64>,
     /// Largest frame of payload on a stream, the unit of cancellation there. Default 1 MiB.
     pub stream_chunk_bytes: u32,
+    /// Files and object stores.
+    pub storage: StorageConfig,
     /// Faults injected around every lane, for tests. Default none.
     pub faults: Option<FaultConfig>,
 }
@@ -136,6 +145,7 @@ impl AgentConfig {
             tcp_receive_buffer_bytes: None,
             tcp_pacing_bytes_per_s: None,
             stream_chunk_bytes: 1 << 20,
+            storage: StorageConfig::default(),
             faults: None,
         }
     }
@@ -171,6 +181,15 @@ impl AgentConfig {
             "lanes",
             "none".into(),
             "at least one lane",
+        )?;
+        check(
+            !self
+                .lanes
+                .iter()
+                .any(|lane| matches!(lane, Lane::File | Lane::Object)),
+            "lanes",
+            "file or object".into(),
+            "loopback, shm, tcp; files and object stores are opened, not connected to",
         )?;
         let loss = self.peer_loss_timeout;
         check(
@@ -251,6 +270,7 @@ impl AgentConfig {
             format!("{:?}", self.tcp_pacing_bytes_per_s),
             "none, or at least 65536",
         )?;
+        self.storage.validate()?;
         if let Some(faults) = &self.faults {
             faults.validate()?;
         }

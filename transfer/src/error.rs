@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::config::Lane;
 use crate::memory::RegionId;
 use crate::plan::LayoutError;
+use crate::storage::StorageError;
 use crate::window::WindowId;
 
 /// Why an agent could not be started.
@@ -252,6 +253,18 @@ pub enum PrepareError {
         /// `connect_timeout`.
         timeout: Duration,
     },
+    /// The store was opened by another agent.
+    #[error("store {store:?} was opened by another agent")]
+    ForeignStore {
+        /// Its name.
+        store: String,
+    },
+    /// The store is open for reading only.
+    #[error("store {store:?} is open for reading only")]
+    ReadOnlyStore {
+        /// Its name.
+        store: String,
+    },
     /// The agent is shut down.
     #[error("the agent is shut down")]
     AgentStopped,
@@ -396,6 +409,9 @@ pub enum TransferError {
     /// The peer refused.
     #[error("the peer refused: {0}")]
     Rejected(Rejection),
+    /// A file or an object store failed. Bytes of the operation may have moved.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
     /// `wait` gave up; the transfer itself goes on.
     #[error("still in flight after waiting {waited:?}")]
     StillInFlight {
@@ -411,6 +427,7 @@ impl TransferError {
         match self {
             Self::PeerLost(_) | Self::DeadlineExceeded { .. } | Self::StillInFlight { .. } => true,
             Self::Rejected(rejection) => rejection.retryable(),
+            Self::Storage(error) => error.retryable(),
             Self::Cancelled | Self::WindowClosed { .. } => false,
         }
     }

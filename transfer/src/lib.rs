@@ -96,6 +96,58 @@
 //! everybody with access to the socket (the same user) is trusted to stay within the windows it was
 //! given: a mapping cannot be revoked block by block. Over tcp the owner of the memory checks.
 //!
+//! # Files
+//!
+//! [`Agent::open_file`] opens a file as a place for blocks: a region of bytes with a
+//! [`BlockLayout`]. [`Agent::prepare_file`] makes an operation between it and registered memory,
+//! which is posted, awaited and cancelled like every other one. io_uring moves the bytes around the
+//! page cache where the file system allows it; [`FileStore::lane`] and the plan say what is done
+//! instead elsewhere.
+//!
+//! ```
+//! use std::time::Duration;
+//!
+//! use blockplane_transfer::{
+//!     Agent, AgentConfig, ArenaConfig, BlockLayout, FileBlocks, FileConfig, LocalBlocks, Op,
+//!     PostOptions,
+//! };
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let folder = tempfile::tempdir()?;
+//! # let path = folder.path().join("blocks");
+//! let timeout = Duration::from_secs(5);
+//! let agent = Agent::new(AgentConfig::new("cache"))?;
+//! let memory = agent.allocate(ArenaConfig::new(8 * 4096, "memory"))?;
+//! memory.write_at(2 * 4096, b"block two")?;
+//!
+//! // Blocks 2 and 5 of the memory become blocks 100 and 0 of the file, durably.
+//! let file = agent.open_file(FileConfig::new(path).create(128 * 4096))?;
+//! let local = LocalBlocks {
+//!     registration: &memory,
+//!     layout: BlockLayout::contiguous(8, 4096),
+//!     ids: [2, 5].into(),
+//!     layers: 0..1,
+//! };
+//! let stored = FileBlocks {
+//!     file: &file,
+//!     layout: BlockLayout::contiguous(128, 4096),
+//!     ids: [100, 0].into(),
+//!     layers: 0..1,
+//!     durable: true,
+//! };
+//! let write = agent.prepare_file(Op::Write, local.clone(), stored.clone())?;
+//! write.post(PostOptions::within(timeout))?.wait(timeout)?;
+//!
+//! memory.write_at(2 * 4096, b"forgotten")?;
+//! let read = agent.prepare_file(Op::Read, local, stored)?;
+//! read.post(PostOptions::within(timeout))?.wait(timeout)?;
+//! let mut bytes = [0; 9];
+//! memory.read_at(2 * 4096, &mut bytes)?;
+//! assert_eq!(&bytes, b"block two");
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # Threads and cancellation
 //!
 //! There is no async runtime here: an agent runs one timer thread, a few copy workers and a few
@@ -122,6 +174,7 @@ mod peer;
 mod plan;
 mod ring;
 mod stats;
+mod storage;
 mod sync;
 mod window;
 mod wire;
@@ -141,4 +194,9 @@ pub use op::{
 pub use peer::{Metadata, RegionInfo};
 pub use plan::{BlockIds, BlockLayout, LayoutError};
 pub use stats::{AgentStats, FlowStats, LatencyHistogram, PeerStats};
+pub use storage::{
+    DirectIo, DirectUse, FileAccess, FileBlocks, FileConfig, FileCreation, FileEngine, FileInfo,
+    FileRanges, FileSource, FileStore, OpenError, StorageAction, StorageConfig, StorageError,
+    StorageErrorKind,
+};
 pub use window::{Closed, Window, WindowAccess, WindowBusy, WindowId, WindowScope};

@@ -17,6 +17,7 @@ use crate::memory::{HostMemory, Region, RegionId, RegionOwner, Registration};
 use crate::op::{Notification, NotificationQueue};
 use crate::peer::{Addresses, Metadata, RegionInfo};
 use crate::stats::{AgentStats, Counters};
+use crate::storage::Storage;
 use crate::window::{OpenWindow, Scope, Window, WindowAccess, WindowId, WindowScope};
 use crate::wire::{Incoming, Listeners, Reactors};
 
@@ -28,6 +29,7 @@ pub(crate) struct Core {
     pub(crate) timers: Arc<Timers>,
     pub(crate) copies: Arc<CopyPool>,
     pub(crate) notifications: Arc<NotificationQueue>,
+    pub(crate) storage: Storage,
     regions: RwLock<HashMap<RegionId, Weak<Region>>>,
     windows: Mutex<HashMap<WindowId, Arc<OpenWindow>>>,
     /// Connections made by this agent, by name of the peer.
@@ -88,6 +90,7 @@ impl Core {
             timers,
             copies,
             notifications,
+            storage: Storage::default(),
             regions: RwLock::default(),
             windows: Mutex::default(),
             sessions: Mutex::default(),
@@ -117,6 +120,7 @@ impl Core {
         for session in in_process.iter().filter_map(Weak::upgrade) {
             session.lose(LossCause::Closed);
         }
+        self.storage.stop();
         self.notifications.stop();
         self.reactors.stop();
         self.copies.stop();
@@ -410,6 +414,7 @@ impl Core {
 impl RegionOwner for Core {
     fn release(&self, region: &Region) {
         self.regions.write().remove(&region.id);
+        self.storage.forget_region(region.id);
         let incoming: Vec<_> = self
             .incoming
             .lock()

@@ -23,6 +23,7 @@ use crate::op::{
 };
 use crate::peer::Metadata;
 use crate::stats::{AgentStats, PeerStats};
+use crate::storage::{FileBlocks, FileConfig, FileRanges, FileStore, OpenError};
 use crate::window::{Window, WindowAccess, WindowScope};
 
 pub(crate) use copy::CopyPool;
@@ -158,6 +159,43 @@ impl Agent {
         remote: &[RemoteDescriptor],
     ) -> Result<Prepared, PrepareError> {
         crate::op::prepare_descriptors(self.core(), op, local, peer, remote)
+    }
+
+    /// Opens a file. Blocks move between it and this agent's memory with
+    /// [`Agent::prepare_file`]. The first one starts what moves them: an io_uring thread, or a few
+    /// ordinary ones where io_uring is forbidden.
+    ///
+    /// # Errors
+    /// The file system refuses, or the configuration makes no sense.
+    pub fn open_file(&self, config: FileConfig) -> Result<FileStore, OpenError> {
+        FileStore::open(self.core(), config)
+    }
+
+    /// Checks and plans an operation between memory and a file. A write moves local blocks into the
+    /// file, a read the other way. A notification bound to it goes to this agent itself.
+    ///
+    /// # Errors
+    /// Says which side and what does not fit.
+    pub fn prepare_file(
+        &self,
+        op: Op,
+        local: LocalBlocks<'_>,
+        blocks: FileBlocks<'_>,
+    ) -> Result<Prepared, PrepareError> {
+        crate::storage::prepare_file_blocks(self.core(), op, local, blocks)
+    }
+
+    /// The same for plain descriptors: the i-th one pairs with the i-th offset in the file.
+    ///
+    /// # Errors
+    /// Says which side and what does not fit.
+    pub fn prepare_file_descriptors(
+        &self,
+        op: Op,
+        local: &[Descriptor<'_>],
+        ranges: FileRanges<'_>,
+    ) -> Result<Prepared, PrepareError> {
+        crate::storage::prepare_file_descriptors(self.core(), op, local, ranges)
     }
 
     /// Sends a notification on its own. It keeps its place among the notifications that are bound

@@ -24,6 +24,8 @@ pub(crate) enum RemoteMemory {
     Mapped(MappedMemory),
     /// Through the connection, and why not otherwise.
     Streamed(&'static str),
+    /// In a file or in objects; the operation knows which.
+    Stored,
 }
 
 /// What keeps mapped memory of a peer in place.
@@ -67,7 +69,9 @@ impl RemoteRegion {
     pub(crate) fn released(&self) -> bool {
         let in_process = match &self.memory {
             RemoteMemory::Mapped(MappedMemory::InProcess(region)) => region.released(),
-            RemoteMemory::Mapped(MappedMemory::Shared(_)) | RemoteMemory::Streamed(_) => false,
+            RemoteMemory::Mapped(MappedMemory::Shared(_))
+            | RemoteMemory::Streamed(_)
+            | RemoteMemory::Stored => false,
         };
         in_process || self.gone.load(Ordering::Acquire)
     }

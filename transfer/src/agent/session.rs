@@ -86,10 +86,30 @@ impl Session {
         choice: LaneChoice,
         backend: Arc<dyn Backend>,
     ) -> Arc<Self> {
+        Self::start(core, metadata.name(), metadata.epoch(), choice, backend)
+    }
+
+    /// A session with a store of this agent instead of a peer.
+    pub(crate) fn stored(
+        core: &Core,
+        store: &str,
+        choice: LaneChoice,
+        backend: Arc<dyn Backend>,
+    ) -> Arc<Self> {
+        Self::start(core, store, core.epoch, choice, backend)
+    }
+
+    fn start(
+        core: &Core,
+        peer: &str,
+        epoch: u64,
+        choice: LaneChoice,
+        backend: Arc<dyn Backend>,
+    ) -> Arc<Self> {
         let session = Arc::new(Self {
             key: next_session_key(),
-            peer: metadata.name().into(),
-            epoch: metadata.epoch(),
+            peer: peer.into(),
+            epoch,
             choice,
             backend,
             posts_max: core.config.posts_max,

@@ -137,6 +137,10 @@ pub(crate) fn open(
         Lane::Loopback => loopback::open(core, metadata),
         Lane::Shm => shm::open(core, metadata, until),
         Lane::Tcp => tcp::open(core, metadata, until),
+        Lane::File => Err(LaneFailure::unusable("files are opened, not connected to")),
+        Lane::Object => Err(LaneFailure::unusable(
+            "object stores are opened, not connected to",
+        )),
     }
 }
 

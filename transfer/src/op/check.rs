@@ -8,7 +8,7 @@ use crate::error::{PrepareError, Side};
 use crate::plan::{BlockSet, LayoutError};
 use crate::window::Grant;
 
-pub(super) fn check_range(
+pub(crate) fn check_range(
     side: Side,
     offset: u64,
     bytes: u64,
@@ -25,7 +25,7 @@ pub(super) fn check_range(
     Err(PrepareError::Layout { side, source })
 }
 
-pub(super) fn check_set(set: &SetPair) -> Result<(), PrepareError> {
+pub(crate) fn check_set(set: &SetPair) -> Result<(), PrepareError> {
     let SetPair { local, remote, .. } = set;
     for (what, l, r) in [
         (

@@ -19,7 +19,9 @@ pub use request::{Descriptor, LocalBlocks, Op, Plan, PostOptions, RemoteBlocks, 
 pub use telemetry::TransferTelemetry;
 pub use transfer::{CancelOutcome, Transfer, TransferStatus};
 
+pub(crate) use check::{check_range, check_set};
 pub(crate) use notify::NotificationQueue;
-pub(crate) use prepare::{post, prepare_blocks, prepare_descriptors};
+pub(crate) use overlap::check_overlap;
+pub(crate) use prepare::{SETS_MAX, own as own_region, post, prepare_blocks, prepare_descriptors};
 pub(crate) use state::{TransferState, Turn};
-pub(crate) use work::Path;
+pub(crate) use work::{Path, SetPair, Work};

@@ -39,7 +39,9 @@ impl Extent {
     fn remote(set: &SetPair) -> Self {
         let (space, start) = match &set.remote_region.memory {
             RemoteMemory::Mapped(mapped) => (0, mapped.base() as u64),
-            RemoteMemory::Streamed(_) => (set.remote_region.id.0.wrapping_add(1), 0),
+            RemoteMemory::Streamed(_) | RemoteMemory::Stored => {
+                (set.remote_region.id.0.wrapping_add(1), 0)
+            }
         };
         Self {
             space,
@@ -64,7 +66,7 @@ fn sides(op: Op, set: &SetPair) -> (Extent, Extent, &BlockSet) {
 }
 
 /// Checks validated sets.
-pub(super) fn check_overlap(op: Op, sets: &[SetPair]) -> Result<(), PrepareError> {
+pub(crate) fn check_overlap(op: Op, sets: &[SetPair]) -> Result<(), PrepareError> {
     if let [set] = sets {
         let (to, from, blocks) = sides(op, set);
         return if !to.meets(&from) && disjoint(&[blocks], to.bytes) {

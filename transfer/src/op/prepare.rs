@@ -24,7 +24,7 @@ use crate::plan::{
 use crate::window::{Grant, WindowId};
 
 /// Most pairs of block sets in one operation.
-const SETS_MAX: usize = 1 << 20;
+pub(crate) const SETS_MAX: usize = 1 << 20;
 
 /// A checked and planned operation; can be posted any number of times, also concurrently.
 #[derive(Clone, Debug)]
@@ -35,6 +35,14 @@ pub struct Prepared {
 }
 
 impl Prepared {
+    pub(crate) const fn new(core: Arc<Core>, session: Arc<Session>, work: Arc<Work>) -> Self {
+        Self {
+            core,
+            session,
+            work,
+        }
+    }
+
     /// How the operation is going to run.
     #[must_use]
     pub fn plan(&self) -> &Plan {
@@ -235,7 +243,10 @@ pub(crate) fn prepare_descriptors(
     finish(core, session.clone(), &questions, op, sets, window)
 }
 
-fn own(core: &Arc<Core>, registration: &Registration) -> Result<Arc<Region>, PrepareError> {
+pub(crate) fn own(
+    core: &Arc<Core>,
+    registration: &Registration,
+) -> Result<Arc<Region>, PrepareError> {
     if registration.owned_by(Arc::as_ptr(core).cast()) {
         Ok(registration.region().clone())
     } else {
@@ -363,7 +374,7 @@ fn finish(
         let parts = u32::try_from(stripes.len()).unwrap_or(u32::MAX);
         let reason = match sets.iter().find_map(|set| match &set.remote_region.memory {
             RemoteMemory::Streamed(why) => Some(*why),
-            RemoteMemory::Mapped(_) => None,
+            RemoteMemory::Mapped(_) | RemoteMemory::Stored => None,
         }) {
             Some(why) => format!("{}; streamed: {why}", session.lane().reason),
             None => session.lane().reason.clone(),

@@ -7,6 +7,7 @@ use super::request::{Op, Plan};
 use crate::agent::{RemoteMemory, RemoteRegion};
 use crate::memory::{Region, Stores, copy_piece, publish};
 use crate::plan::{BlockSet, Order, for_each_segment, part_range, stripes};
+use crate::storage::FileWork;
 use crate::window::Grant;
 
 /// A stream gets no stripe below this size.
@@ -19,6 +20,8 @@ pub(crate) enum Path {
     Copy { part_bytes: u64 },
     /// Through the streams of the connection.
     Stream { stripes: Vec<Stripe> },
+    /// From or to a file.
+    File(Arc<FileWork>),
 }
 
 /// A stretch of one pair of sets, to go over one stream.
@@ -45,7 +48,7 @@ pub(crate) struct Work {
     pub(crate) op: Op,
     pub(crate) sets: Vec<SetPair>,
     /// Logical offset at which each set begins.
-    pub(super) starts: Vec<u64>,
+    pub(crate) starts: Vec<u64>,
     pub(crate) path: Path,
     pub(crate) parts: u32,
     pub(crate) grant: Option<Arc<Grant>>,
@@ -53,6 +56,14 @@ pub(crate) struct Work {
 }
 
 impl Work {
+    /// The requests of an operation on a file.
+    pub(crate) fn file(&self) -> Option<&FileWork> {
+        match &self.path {
+            Path::File(work) => Some(work),
+            Path::Copy { .. } | Path::Stream { .. } => None,
+        }
+    }
+
     /// Copies part `part`; both sides are mapped.
     pub(crate) fn copy_part(&self, part: u32) {
         let Path::Copy { part_bytes } = self.path else {
