@@ -307,11 +307,15 @@ impl Core {
                 .cloned()
         };
         {
-            let sessions = self.sessions.lock();
+            let mut sessions = self.sessions.lock();
             if let Some(known) = live(&sessions) {
                 return Ok(known);
             }
             let limit = self.config.peers_max;
+            if sessions.len() >= limit {
+                // The lost are kept for nothing but their handles, which have them anyway.
+                sessions.retain(|_, session| session.lost().is_none());
+            }
             if sessions.len() >= limit && !sessions.contains_key(metadata.name()) {
                 return Err(ConnectError::TooMany { limit });
             }

@@ -156,10 +156,10 @@ impl OpenWindow {
     /// A holder has stopped using the window, or is gone.
     pub(crate) fn acknowledge(&self, key: u64) {
         let mut holders = self.holders.lock();
+        holders.known.retain(|(known, _)| *known != key);
         if !holders.keys.remove(&key) {
             return;
         }
-        holders.known.retain(|(known, _)| *known != key);
         if holders.keys.is_empty() {
             let wakers = std::mem::take(&mut holders.wakers);
             drop(holders);

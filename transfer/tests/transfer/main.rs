@@ -10,6 +10,7 @@
 )]
 
 mod faults;
+mod meeting;
 mod observe;
 mod process;
 mod suite;
@@ -63,4 +64,7 @@ conformance! {
     every_post_completes_once_also_when_the_peer_goes,
     telemetry_adds_up,
     spans_name_the_request;
+    meeting:
+    both_connect_at_once,
+    the_lost_do_not_count_as_peers;
 }

@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 
 use blockplane_transfer::{
     Agent, AgentConfig, ArenaConfig, Lane, LossCause, Metadata, Op, Peer, PostError, PostOptions,
-    PrepareError, RegionId, RemoteAccess, RemoteBlocks, TransferError, WindowAccess, WindowId,
-    WindowScope,
+    PrepareError, RegionId, RemoteAccess, TransferError, WindowAccess, WindowId, WindowScope,
 };
 
 use crate::support::{Blocks, WAIT, arena, bytes, fill, fill_byte, scattered};
@@ -171,36 +170,6 @@ fn write_for_ever(agent: &Agent, rest: &str) {
         }
     }
     say("stopped now");
-}
-
-impl Blocks {
-    fn local<'a>(
-        &self,
-        registration: &'a blockplane_transfer::Registration,
-    ) -> blockplane_transfer::LocalBlocks<'a> {
-        blockplane_transfer::LocalBlocks {
-            registration,
-            layout: self.layout,
-            ids: self.ids.clone().into(),
-            layers: self.layers.clone(),
-        }
-    }
-
-    fn remote<'a>(
-        &self,
-        peer: &'a Peer,
-        region: RegionId,
-        window: Option<WindowId>,
-    ) -> RemoteBlocks<'a> {
-        RemoteBlocks {
-            peer,
-            region,
-            layout: self.layout,
-            ids: self.ids.clone().into(),
-            layers: self.layers.clone(),
-            window,
-        }
-    }
 }
 
 /// Keeps posting until the peer is lost; returns how, and how long the slowest call took.

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use blockplane_transfer::{
     Agent, AgentConfig, ArenaConfig, BlockLayout, FaultConfig, Lane, LocalBlocks, Op, Peer,
-    PostOptions, PrepareError, Prepared, Registration, RemoteAccess, RemoteBlocks, WindowId,
+    PostOptions, PrepareError, Prepared, RegionId, Registration, RemoteAccess, RemoteBlocks,
+    WindowId,
 };
 
 /// Longer than anything takes on a busy machine; a test that gets here has failed.
@@ -80,6 +81,33 @@ impl Blocks {
             layout: BlockLayout::contiguous(blocks, block_bytes),
             ids: ids.into(),
             layers: 0..1,
+        }
+    }
+}
+
+impl Blocks {
+    pub(crate) fn local<'a>(&self, registration: &'a Registration) -> LocalBlocks<'a> {
+        LocalBlocks {
+            registration,
+            layout: self.layout,
+            ids: self.ids.clone().into(),
+            layers: self.layers.clone(),
+        }
+    }
+
+    pub(crate) fn remote<'a>(
+        &self,
+        peer: &'a Peer,
+        region: RegionId,
+        window: Option<WindowId>,
+    ) -> RemoteBlocks<'a> {
+        RemoteBlocks {
+            peer,
+            region,
+            layout: self.layout,
+            ids: self.ids.clone().into(),
+            layers: self.layers.clone(),
+            window,
         }
     }
 }
