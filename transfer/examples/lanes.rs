@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use blockplane_transfer::{
-    Agent, AgentConfig, ArenaConfig, BlockLayout, Lane, LocalBlocks, Metadata, Op, PostOptions,
-    RemoteBlocks,
+    Agent, AgentConfig, ArenaConfig, BlockLayout, Lane, LocalBlocks, Metadata, Op, Peer,
+    PostOptions, RegionId, Registration, RemoteBlocks,
 };
 
 const ARENA: u64 = 512 << 20;
@@ -161,18 +161,8 @@ fn measure(lane: Lane) {
         }
     }
     if child.is_some() {
-        let notifications = agent.notifications();
-        let mut trips = Vec::new();
-        for _ in 0..500 {
-            let started = Instant::now();
-            agent.notify(&peer, "ping", WAIT).unwrap().detach();
-            notifications.recv_timeout(WAIT).unwrap();
-            trips.push(micros(started) / 2.0);
-        }
-        println!(
-            "{lane} notification one way p50 {:.1} us",
-            median(&mut trips)
-        );
+        let (local, remote) = ((&local, region), &peer);
+        notifications(&agent, lane, local, remote);
     }
     if let Some(mut other) = child {
         drop(other.stdin.take());
@@ -180,7 +170,61 @@ fn measure(lane: Lane) {
     }
 }
 
-fn touch(region: &blockplane_transfer::Registration) {
+/// Half of a round trip, with and without bytes before the first half.
+fn notifications(
+    agent: &Agent,
+    lane: Lane,
+    (local, region): (&Registration, RegionId),
+    peer: &Peer,
+) {
+    let layout = BlockLayout::contiguous(8, 4096);
+    let prepared = agent
+        .prepare(
+            Op::Write,
+            LocalBlocks {
+                registration: local,
+                layout,
+                ids: (0..1).into(),
+                layers: 0..1,
+            },
+            RemoteBlocks {
+                peer,
+                region,
+                layout,
+                ids: (0..1).into(),
+                layers: 0..1,
+                window: None,
+            },
+        )
+        .unwrap();
+    let received = agent.notifications();
+    for (what, bytes) in [("notification", false), ("4 KiB and notification", true)] {
+        for pause in [Duration::ZERO, Duration::from_millis(2)] {
+            let mut trips = Vec::new();
+            for _ in 0..300 {
+                let until = Instant::now() + pause;
+                while Instant::now() < until {
+                    std::thread::park_timeout(until - Instant::now());
+                }
+                let started = Instant::now();
+                if bytes {
+                    let options = PostOptions::within(WAIT).notify("ping");
+                    prepared.post(options).unwrap().detach();
+                } else {
+                    agent.notify(peer, "ping", WAIT).unwrap().detach();
+                }
+                received.recv_timeout(WAIT).unwrap();
+                trips.push(micros(started) / 2.0);
+            }
+            println!(
+                "{lane} {what}, one way, {pause:?} apart: p50 {:.1} us",
+                median(&mut trips)
+            );
+        }
+    }
+}
+
+fn touch(region: &Registration) {
     let chunk = vec![1; 1 << 20];
     for at in (0..ARENA).step_by(1 << 20) {
         region.write_at(at, &chunk).unwrap();

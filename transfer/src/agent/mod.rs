@@ -259,6 +259,7 @@ impl Agent {
     pub fn notifications(&self) -> Notifications {
         Notifications {
             queue: self.core().notifications.clone(),
+            reactors: self.core().reactors.clone(),
         }
     }
 

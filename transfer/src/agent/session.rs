@@ -197,19 +197,37 @@ impl Session {
         }
     }
 
+    /// Whether the notification of `transfer` may go along with its bytes: when no earlier one is
+    /// waiting or, as the backend knows, on its way. Later ones wait for its answer then.
+    pub(crate) fn claim_ride(
+        &self,
+        transfer: &Arc<TransferState>,
+        none_on_its_way: impl FnOnce() -> bool,
+    ) -> bool {
+        let order = self.order.lock();
+        let first = order
+            .front()
+            .is_some_and(|front| Arc::ptr_eq(front, transfer));
+        let rides = first && none_on_its_way();
+        if rides {
+            transfer.set_rides();
+        }
+        rides
+    }
+
     /// Sends the notifications whose turn has come.
     pub(crate) fn send_due_notifications(&self) {
         let mut answered = Vec::new();
         let mut order = self.order.lock();
         while let Some(front) = order.front() {
             use crate::op::Turn;
-            if front.turn() == Turn::Waiting {
+            if front.turn() == Turn::Waiting || front.rides() && !front.is_finished() {
                 break;
             }
             let Some(front) = order.pop_front() else {
                 break;
             };
-            if front.take_turn() {
+            if !front.rides() && front.take_turn() {
                 // Sent under the lock: the order of the queue is the order on the wire.
                 if let Some(answer) = self.backend.notify(&front) {
                     answered.push((front, answer));

@@ -24,4 +24,4 @@ pub(crate) use notify::NotificationQueue;
 pub(crate) use overlap::check_overlap;
 pub(crate) use prepare::{SETS_MAX, own as own_region, post, prepare_blocks, prepare_descriptors};
 pub(crate) use state::{TransferState, Turn};
-pub(crate) use work::{Path, SetPair, Work};
+pub(crate) use work::{Path, SetPair, Stripe, Work};

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use crate::clock::after;
 use crate::error::AgentStopped;
 use crate::ring::{Bell, Reader};
+use crate::wire::{Reactors, Wanted};
 
 /// A message from a peer. One that was bound to a transfer arrives after all bytes of the transfer
 /// are in place, and those of one peer arrive in the order in which they were posted.
@@ -46,6 +47,8 @@ pub enum RecvError {
 pub(crate) struct NotificationQueue {
     limit: usize,
     bell: Bell,
+    /// Rings in use.
+    open_rings: AtomicUsize,
     /// How long receivers look before they park, in nanoseconds.
     spin: AtomicU64,
     state: Mutex<QueueState>,
@@ -95,6 +98,7 @@ impl NotificationQueue {
         Ok(Self {
             limit,
             bell: Bell::new(rings)?,
+            open_rings: AtomicUsize::new(0),
             spin: AtomicU64::new(0),
             state: Mutex::new(QueueState {
                 rings: std::iter::repeat_with(|| None).take(rings).collect(),
@@ -153,6 +157,7 @@ impl NotificationQueue {
             reader,
             ended: false,
         });
+        self.open_rings.fetch_add(1, Ordering::Relaxed);
         Ok(OpenedRing {
             index,
             ring,
@@ -178,7 +183,7 @@ impl NotificationQueue {
             moved = true;
         }
         if !ring.reader.has_more() {
-            state.free_ring(index);
+            self.free_ring(&mut state, index);
         }
         drop(state);
         if moved {
@@ -194,6 +199,15 @@ impl NotificationQueue {
         drop(state);
         self.bell.ring_all();
         wakers.into_iter().for_each(Waker::wake);
+    }
+
+    fn free_ring(&self, state: &mut QueueState, index: usize) {
+        if let Some(ring) = state.rings.get_mut(index).and_then(Option::take) {
+            let (sent, refused) = ring.reader.counts();
+            state.closed.0 = state.closed.0.wrapping_add(sent);
+            state.closed.1 = state.closed.1.wrapping_add(refused);
+            self.open_rings.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 
     /// The next notification; `Err` when there is none and there will be none.
@@ -212,7 +226,7 @@ impl NotificationQueue {
             if ring.reader.has_more() {
                 self.bell.set(index);
             } else if ring.ended {
-                state.free_ring(index);
+                self.free_ring(state, index);
             }
             if next.is_some() {
                 return Ok(next);
@@ -222,16 +236,6 @@ impl NotificationQueue {
             return Err(AgentStopped);
         }
         Ok(None)
-    }
-}
-
-impl QueueState {
-    fn free_ring(&mut self, index: usize) {
-        if let Some(ring) = self.rings.get_mut(index).and_then(Option::take) {
-            let (sent, refused) = ring.reader.counts();
-            self.closed.0 = self.closed.0.wrapping_add(sent);
-            self.closed.1 = self.closed.1.wrapping_add(refused);
-        }
     }
 }
 
@@ -262,6 +266,18 @@ const SPIN_MIN: Duration = Duration::from_micros(1);
 #[derive(Clone, Debug)]
 pub struct Notifications {
     pub(crate) queue: Arc<NotificationQueue>,
+    pub(crate) reactors: Arc<Reactors>,
+}
+
+impl Wanted for NotificationQueue {
+    fn here(&self) -> bool {
+        let state = self.state.lock();
+        state.stopped || !state.queue.is_empty() || self.open_rings.load(Ordering::Relaxed) > 0
+    }
+
+    fn parked(&self, _parked: bool) -> bool {
+        self.here()
+    }
 }
 
 impl Notifications {
@@ -305,6 +321,11 @@ impl Notifications {
 
     /// Looks a little while. How long adapts: twice as long each time that it was worth it.
     fn spin(&self, until: Instant) -> Result<Option<Notification>, AgentStopped> {
+        if self.queue.open_rings.load(Ordering::Relaxed) == 0 {
+            // They can only come through sockets: this thread serves those as long as they are busy.
+            self.reactors.look(until, &*self.queue);
+            return self.try_recv();
+        }
         let nanos = self.queue.spin.load(Ordering::Relaxed);
         let budget = Duration::from_nanos(nanos).clamp(SPIN_MIN, SPIN_MAX);
         let enough = (Instant::now() + budget).min(until);

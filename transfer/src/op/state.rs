@@ -51,6 +51,8 @@ pub(crate) struct TransferState {
     span: Span,
     gate: Gate,
     turn: AtomicU8,
+    /// The notification goes along with the bytes.
+    rides: AtomicBool,
     started: AtomicBool,
     finished: AtomicBool,
     /// Threads that serve sockets while they wait for this operation, and are parked.
@@ -121,6 +123,7 @@ impl TransferState {
             span,
             gate: Gate::new(parts),
             turn: AtomicU8::new(Turn::Waiting as u8),
+            rides: AtomicBool::new(false),
             started: AtomicBool::new(false),
             finished: AtomicBool::new(false),
             helpers_parked: AtomicUsize::new(0),
@@ -284,9 +287,27 @@ impl TransferState {
 
     /// The peer's answer to the notification.
     pub(crate) fn notified(&self, outcome: &Result<(), TransferError>) {
-        if self.cell.lock().phase == Phase::Notifying {
+        let notifying = self.cell.lock().phase == Phase::Notifying;
+        if notifying {
             self.finish(outcome);
+            if self.rides() {
+                // Later ones have waited for this answer.
+                self.session.send_due_notifications();
+            }
         }
+    }
+
+    /// The notification goes along with the bytes, and later ones wait for its answer.
+    pub(crate) fn set_rides(&self) {
+        self.rides.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_finished(&self) -> bool {
+        self.finished.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn rides(&self) -> bool {
+        self.rides.load(Ordering::Acquire)
     }
 
     pub(crate) fn turn(&self) -> Turn {

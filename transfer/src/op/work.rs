@@ -10,8 +10,9 @@ use crate::plan::{BlockSet, Order, for_each_segment, part_range, stripes};
 use crate::storage::FileWork;
 use crate::window::Grant;
 
-/// A stream gets no stripe below this size.
-const STRIPE_BYTES_MIN: u64 = 64 << 10;
+/// A stream gets no stripe below this size: a stripe costs a frame, an answer, and the attention of
+/// one more socket.
+const STRIPE_BYTES_MIN: u64 = 512 << 10;
 
 /// How the bytes move.
 #[derive(Clone, Debug)]

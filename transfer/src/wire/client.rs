@@ -3,9 +3,11 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
 
 use super::channel::{NotificationChannel, Sent};
@@ -20,9 +22,12 @@ use crate::backend::{Backend, Refusal};
 use crate::config::RemoteAccess;
 use crate::error::{LossCause, Rejection, TransferError};
 use crate::memory::{RegionId, map_arena};
-use crate::op::{Path, TransferState};
+use crate::op::{Op, Path, Stripe, TransferState, Work};
 use crate::ring::SendError;
 use crate::window::{Grant, WindowId};
+
+/// Larger notifications do not go along with the bytes of a WRITE.
+const RIDER_BYTES_MAX: usize = 4096;
 
 /// Connected sockets, ready to be served.
 #[derive(Debug)]
@@ -53,6 +58,8 @@ pub(crate) struct WireClient {
     waiting: Mutex<Option<Waiting>>,
     questions: Mutex<Questions>,
     answered: Condvar,
+    /// Notifications on the control connection that are not answered.
+    notifying: AtomicUsize,
     parts: Mutex<Parts>,
     pulse: Pulse,
     unmapped: &'static str,
@@ -126,6 +133,7 @@ impl WireClient {
             })),
             questions: Mutex::default(),
             answered: Condvar::new(),
+            notifying: AtomicUsize::new(0),
             pulse: Pulse::new(core.config.peer_loss_timeout, wire.peer_loss_timeout),
             unmapped: wire.unmapped,
             notifications: wire.notifications,
@@ -224,6 +232,27 @@ impl WireClient {
                 part.transfer.part_done();
             }
         }
+    }
+
+    /// The target has answered for a notification.
+    pub(super) fn notified(&self, id: u64, code: Code) {
+        let transfer = self.session().and_then(|session| session.operation(id));
+        if let Some(transfer) = transfer {
+            transfer.notified(&code.outcome(None));
+        }
+    }
+
+    /// Whether the notification of a WRITE goes along with its bytes: when they go as one stripe,
+    /// and nothing that has to arrive before it goes another way.
+    fn may_ride(&self, transfer: &Arc<TransferState>, work: &Work, stripes: &[Stripe]) -> bool {
+        let small = |payload: &Bytes| payload.len() <= RIDER_BYTES_MAX;
+        stripes.len() == 1
+            && work.op == Op::Write
+            && self.notifications.is_none()
+            && transfer.notification.as_ref().is_some_and(small)
+            && transfer
+                .session
+                .claim_ride(transfer, || self.notifying.load(Ordering::Acquire) == 0)
     }
 
     /// The target has sent the last byte of a READ, or says why not.
@@ -344,9 +373,11 @@ impl WireClient {
             }
             Kind::RegionGone => session.forget_region(RegionId(header.id)),
             Kind::Notified => {
-                if let Some(transfer) = session.operation(header.id) {
-                    transfer.notified(&code.outcome(None));
+                if self.notifying.load(Ordering::Acquire) == 0 {
+                    return Err(Violation("an answer that nobody asked for"));
                 }
+                self.notifying.fetch_sub(1, Ordering::AcqRel);
+                self.notified(header.id, code);
             }
             Kind::Hello
             | Kind::Welcome
@@ -460,6 +491,7 @@ impl Backend for WireClient {
             self.copies.submit(transfer);
             return;
         };
+        self.may_ride(transfer, work, stripes);
         while let Some(part) = transfer.claim_part() {
             let stream = stripes.get(part as usize).map_or(0, |stripe| stripe.stream);
             if self.open_part((transfer.id, part), transfer) {
@@ -499,6 +531,7 @@ impl Backend for WireClient {
                 Err(SendError::TooLarge) => rejected(Rejection::NotificationTooLarge),
             });
         }
+        self.notifying.fetch_add(1, Ordering::AcqRel);
         let frame = Header::new(Kind::Notify, transfer.id, 0).with_body(payload);
         self.control.send(frame, None);
         None

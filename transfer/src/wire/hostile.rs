@@ -268,6 +268,7 @@ fn frames_that_do_not_belong_end_the_connection() {
     let layout = BlockLayout::contiguous(8, 1000);
     let write = stripe(victim.open.id(), None, &[0], layout, 0..10);
     let announced = Header::new(Kind::Write, 1, 0).with_body(&write);
+    let announced_again = announced.clone();
     let mut oversized = Header::new(Kind::Write, 1, 0);
     oversized.len = u32::MAX;
     let on_data = [
@@ -284,7 +285,14 @@ fn frames_that_do_not_belong_end_the_connection() {
         // A description that is not one.
         Header::new(Kind::Write, 1, 0).with_body(&[1, 2, 3]),
         oversized.encode().to_vec(),
+        // A notification that follows no stripe, or another one.
         Header::new(Kind::Notify, 1, 0).with_body(b"x"),
+        [
+            announced_again,
+            Header::new(Kind::Data, 1, 0).with_body(&[7; 10]),
+            Header::new(Kind::Notify, 2, 0).with_body(b"x"),
+        ]
+        .concat(),
         vec![255; HEADER_BYTES],
     ];
     for (number, bytes) in on_data.into_iter().enumerate() {
@@ -315,6 +323,45 @@ fn frames_that_do_not_belong_end_the_connection() {
     }
     assert!(victim.untouched());
     victim.serves();
+}
+
+#[test]
+fn a_notification_rides_only_behind_a_stripe_that_arrived() {
+    let victim = Victim::new();
+    let (_control, mut data) = victim.enter();
+    let layout = BlockLayout::contiguous(8, 1000);
+    let write = |region, id| {
+        let body = stripe(region, None, &[0], layout, 0..10);
+        [
+            Header::new(Kind::Write, id, 0).with_body(&body),
+            Header::new(Kind::Data, id, 0).with_body(&[7; 10]),
+            Header::new(Kind::Notify, id, 0).with_body(&[u8::try_from(id).unwrap()]),
+        ]
+        .concat()
+    };
+    // Refused, with its notification; then one that is accepted.
+    data.write_all(&write(victim.guarded.id(), 1)).unwrap();
+    data.write_all(&write(victim.open.id(), 2)).unwrap();
+    let answers = [(); 3].map(|()| {
+        let (answer, _) = next_frame(&mut data).unwrap();
+        (answer.kind, answer.id, answer.code)
+    });
+    let (denied, ok) = (Code::AccessDenied as u8, Code::Ok as u8);
+    assert_eq!(
+        answers,
+        [
+            (Kind::StripeDone, 1, denied),
+            (Kind::StripeDone, 2, ok),
+            (Kind::Notified, 2, ok)
+        ]
+    );
+    let received = victim.agent.notifications();
+    assert_eq!(received.recv_timeout(WAIT).unwrap().payload, &[2][..]);
+    assert_eq!(received.try_recv().unwrap(), None);
+    // A second notification behind the same stripe.
+    let again = Header::new(Kind::Notify, 2, 0).with_body(b"x");
+    data.write_all(&again).unwrap();
+    assert!(closed(&mut data));
 }
 
 #[test]

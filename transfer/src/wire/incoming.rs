@@ -336,7 +336,7 @@ impl Incoming {
         Ok(())
     }
 
-    fn deliver(&self, payload: &[u8]) -> Code {
+    pub(super) fn deliver(&self, payload: &[u8]) -> Code {
         if payload.len() > self.core.config.notification_bytes_max {
             return Code::TooLarge;
         }

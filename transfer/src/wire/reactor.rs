@@ -215,7 +215,13 @@ impl Reactors {
     /// Serves the sockets of the reactor of `at` until what is wanted is here or `until` passes.
     /// Returns early when another thread does that already, or the reactor stops.
     pub(crate) fn help(&self, at: Placement, until: Instant, wanted: &impl Wanted) {
-        self.list[at.reactor].help(until, wanted);
+        self.list[at.reactor].help(until, wanted, true);
+    }
+
+    /// The same for control connections and without parking: returns when it has been quiet for a
+    /// while, or is most of the time.
+    pub(crate) fn look(&self, until: Instant, wanted: &impl Wanted) {
+        self.list[0].help(until, wanted, false);
     }
 
     /// Wakes the thread that drives the reactor of `at`.
@@ -372,20 +378,24 @@ impl Reactor {
 
     /// How long to look for the next event before parking: not at all when it usually takes longer.
     fn patience(&self, driver: &Driver) -> Duration {
-        if driver.quiet <= self.spin {
+        // A pause that was spent parked is longer than it had to be by two wake-ups.
+        if driver.quiet <= self.spin * 3 {
             self.spin
         } else {
             Duration::ZERO
         }
     }
 
-    fn help(&self, until: Instant, wanted: &impl Wanted) {
+    fn help(&self, until: Instant, wanted: &impl Wanted, park: bool) {
         let Some(mut driver) = self.take_over() else {
             return;
         };
         self.arm(false);
         let mut quiet_since = Instant::now();
         while !wanted.here() && !driver.stopped {
+            if !park && self.patience(&driver).is_zero() {
+                break;
+            }
             if self.round(&mut driver, NO_WAIT) {
                 quiet_since = Instant::now();
                 continue;
@@ -398,6 +408,9 @@ impl Reactor {
             if now.duration_since(quiet_since) < self.spin {
                 std::thread::yield_now();
                 continue;
+            }
+            if !park {
+                break;
             }
             if !wanted.parked(true) {
                 let wait = Timespec {
@@ -456,6 +469,7 @@ impl Reactor {
             }
         };
         let mut ready = std::mem::take(&mut driver.ready);
+        let mut woken = self.awake.load(Ordering::Acquire);
         ready.extend(
             driver
                 .again
@@ -466,6 +480,7 @@ impl Reactor {
             use epoll::EventFlags as E;
             let (token, flags) = (event.data.u64(), event.flags);
             if token == WAKE {
+                woken = true;
                 continue;
             }
             let event = Event {
@@ -478,7 +493,7 @@ impl Reactor {
                 None => ready.push((token, event)),
             }
         }
-        let busy = !ready.is_empty() || self.awake.load(Ordering::Acquire);
+        let busy = !ready.is_empty() || woken;
         if busy {
             let now = Instant::now();
             let quiet = now.duration_since(driver.last).min(QUIET_MAX);
@@ -494,7 +509,7 @@ impl Reactor {
             self.settle(driver, token, flow);
         }
         driver.ready = ready;
-        if self.awake.load(Ordering::Acquire) {
+        if woken {
             let mut counter = [0; 8];
             // Cleared before the inbox is read: a later command wakes the thread again.
             let _ = rustix::io::read(&self.wake, &mut counter);

@@ -74,6 +74,8 @@ struct Rx {
     state: RxState,
     /// Target: the stripe that DATA frames fill.
     placing: Option<Placing>,
+    /// Target: the operation whose stripe was the last to arrive whole, and nothing after it.
+    whole: Option<u64>,
     /// Initiator: where DATA frames go.
     sinks: HashMap<Key, Sink>,
     scratch: Vec<u8>,
@@ -223,6 +225,7 @@ impl DataStream {
                 ahead: Ahead::new(),
                 state: RxState::Header,
                 placing: None,
+                whole: None,
                 sinks: HashMap::new(),
                 scratch: Vec::new(),
             },
@@ -295,6 +298,11 @@ impl DataStream {
         match work.op {
             crate::op::Op::Write => {
                 let prologue = Header::new(Kind::Write, key.0, part).with_body(&body);
+                let rider = transfer.notification.as_ref();
+                let rider = rider.filter(|_| transfer.rides()).map(|payload| {
+                    let header = Header::new(Kind::Notify, key.0, 0);
+                    header.with_body(payload)
+                });
                 self.tx.queue.push_back(Out::Stripe(Box::new(OutStripe {
                     key,
                     origin: Origin::Own {
@@ -304,7 +312,7 @@ impl DataStream {
                     prologue: Small::new(prologue),
                     range: stripe.range.clone(),
                     chunk: None,
-                    epilogue: Small::new(Vec::new()),
+                    epilogue: Small::new(rider.unwrap_or_default()),
                 })));
             }
             crate::op::Op::Read => {

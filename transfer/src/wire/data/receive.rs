@@ -243,9 +243,12 @@ impl DataStream {
         let protocol = |what: &str| Err(LossCause::Protocol(what.to_owned()));
         let key = (header.id, header.part);
         match (header.kind, &self.role) {
-            (Kind::Write | Kind::Read, Role::Target(_)) => {
+            (Kind::Notify, Role::Target(_)) if !self.follows_its_stripe(header.id) => {
+                return protocol("NOTIFY without its WRITE");
+            }
+            (Kind::Write | Kind::Read | Kind::Notify, Role::Target(_)) => {
                 if header.len as usize > BODY_BYTES_MAX {
-                    return protocol("stripe description too long");
+                    return protocol("frame too long");
                 }
                 self.rx.state = RxState::Body {
                     header,
@@ -305,6 +308,12 @@ impl DataStream {
                 };
                 client.stripe_answered(key, code);
             }
+            (Kind::Notified, Role::Initiator(client)) if header.len == 0 => {
+                let Some(code) = Code::from(header.code) else {
+                    return protocol("unknown answer");
+                };
+                client.notified(header.id, code);
+            }
             (Kind::ReadCancel, Role::Target(_)) if header.len == 0 => self.drop_served(key),
             (Kind::ReadDone, Role::Initiator(client)) if header.len == 0 => {
                 if let Some(sink) = self.rx.sinks.remove(&key) {
@@ -320,12 +329,28 @@ impl DataStream {
         Ok(())
     }
 
-    /// Target: WRITE and READ with their stripe.
+    /// Target: the stripe before this notification has arrived, or was refused.
+    fn follows_its_stripe(&self, id: u64) -> bool {
+        let refused = |placing: &Placing| placing.stripe.is_none() && placing.key.0 == id;
+        self.rx.whole == Some(id) || self.rx.placing.as_ref().is_some_and(refused)
+    }
+
+    /// Target: WRITE and READ with their stripe, NOTIFY with its payload.
     fn frame_with_body(&mut self, header: Header, body: &[u8]) -> Result<(), LossCause> {
         let Role::Target(incoming) = &self.role else {
             return Ok(());
         };
         let key = (header.id, header.part);
+        let whole = self.rx.whole.take();
+        if header.kind == Kind::Notify {
+            // The notification of a stripe that was refused goes the way of its bytes.
+            if whole == Some(header.id) {
+                let code = incoming.deliver(body);
+                let answer = Header::new(Kind::Notified, header.id, 0).code(code);
+                self.answer(answer);
+            }
+            return Ok(());
+        }
         let spec = StripeSpec::decode(body)
             .ok_or_else(|| LossCause::Protocol("malformed stripe description".to_owned()))?;
         let write = header.kind == Kind::Write;
@@ -383,6 +408,7 @@ impl DataStream {
         if let Some(placing) = self.rx.placing.take_if(whole) {
             incoming.placed();
             self.answer_write(placing.key, Code::Ok);
+            self.rx.whole = Some(placing.key.0);
         }
     }
 }

@@ -117,12 +117,14 @@ impl DataStream {
         self.tx.queue.push_front(Out::Frame { bytes, sent: 0 });
     }
 
-    /// Target: answers a stripe of a WRITE, at the next boundary of what is being sent.
+    /// Target: answers a stripe of a WRITE.
     pub(super) fn answer_write(&mut self, (id, part): Key, code: Code) {
-        let bytes = Header::new(Kind::StripeDone, id, part)
-            .code(code)
-            .encode()
-            .to_vec();
+        self.answer(Header::new(Kind::StripeDone, id, part).code(code));
+    }
+
+    /// Sends an answer at the next boundary of what is being sent.
+    pub(super) fn answer(&mut self, header: Header) {
+        let bytes = header.encode().to_vec();
         self.tx.answers.push(Out::Frame { bytes, sent: 0 });
     }
 
@@ -247,7 +249,9 @@ impl OutStripe {
             .as_ref()
             .is_none_or(|chunk| chunk.end == self.range.start || chunk.header_sent == 0);
         let announced = self.prologue.over() || !self.prologue.begun();
-        if boundary && (self.blank() || announced && !self.range.is_empty() && self.called_off()) {
+        let own = matches!(self.origin, Origin::Own { .. });
+        let open = !self.range.is_empty() || own && !self.epilogue.begun();
+        if boundary && (self.blank() || announced && open && self.called_off()) {
             return Added::Over;
         }
         if self.range.is_empty() && self.prologue.over() && self.epilogue.over() {
