@@ -412,6 +412,12 @@ pub enum TransferError {
     /// A file or an object store failed. Bytes of the operation may have moved.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// The kernel does not copy into or out of the peer's memory any more.
+    #[error("the memory of the peer cannot be accessed: {reason}")]
+    Inaccessible {
+        /// The system's error.
+        reason: String,
+    },
     /// `wait` gave up; the transfer itself goes on.
     #[error("still in flight after waiting {waited:?}")]
     StillInFlight {
@@ -428,7 +434,7 @@ impl TransferError {
             Self::PeerLost(_) | Self::DeadlineExceeded { .. } | Self::StillInFlight { .. } => true,
             Self::Rejected(rejection) => rejection.retryable(),
             Self::Storage(error) => error.retryable(),
-            Self::Cancelled | Self::WindowClosed { .. } => false,
+            Self::Cancelled | Self::WindowClosed { .. } | Self::Inaccessible { .. } => false,
         }
     }
 }

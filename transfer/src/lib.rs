@@ -185,7 +185,7 @@ pub use error::{
     AgentError, AgentStopped, ConnectError, LossCause, MetadataError, PeerLost, PostError,
     PrepareError, RegisterError, Rejection, Side, TransferError, WindowError,
 };
-pub use memory::{HostMemory, HugePageUse, RegionId, RegionKind, Registration};
+pub use memory::{HostMemory, HugePageUse, RegionBusy, RegionId, RegionKind, Registration};
 pub use op::{
     CancelOutcome, Completion, CompletionQueue, Descriptor, LocalBlocks, Notification,
     Notifications, Op, Plan, PostOptions, Prepared, Recv, RecvError, RemoteBlocks,

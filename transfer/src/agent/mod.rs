@@ -28,7 +28,7 @@ use crate::window::{Window, WindowAccess, WindowScope};
 
 pub(crate) use copy::CopyPool;
 pub(crate) use core::{Core, find_in_process, random_u64};
-pub(crate) use remote::{MappedMemory, RemoteMemory, RemoteRegion};
+pub(crate) use remote::{ForeignMemory, MappedMemory, RemoteMemory, RemoteRegion};
 pub(crate) use session::{LaneChoice, Session, next_session_key};
 pub(crate) use timers::{TimerKey, Timers};
 

@@ -262,7 +262,7 @@ impl Session {
         self.regions.lock().clear();
         let grants: Vec<_> = self.grants.lock().drain().collect();
         for (_, grant) in grants {
-            grant.revoke();
+            grant.usage.revoke();
         }
         self.close_when_quiet();
     }
@@ -326,7 +326,7 @@ impl Session {
         let Some(grant) = self.grants.lock().remove(&window) else {
             return false;
         };
-        grant.revoke();
+        grant.usage.revoke();
         let using: Vec<_> = self
             .state
             .lock()

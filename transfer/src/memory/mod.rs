@@ -10,12 +10,14 @@
 
 mod arena;
 mod copy;
+mod foreign;
 mod mapping;
 mod region;
 
-pub use region::{HostMemory, HugePageUse, RegionId, RegionKind, Registration};
+pub use region::{HostMemory, HugePageUse, RegionBusy, RegionId, RegionKind, Registration};
 
 pub(crate) use arena::{map_arena, small_file};
 pub(crate) use copy::{Stores, copy_bytes, copy_piece, publish};
+pub(crate) use foreign::{Batch, PeerProcess, address_of};
 pub(crate) use mapping::Mapping;
 pub(crate) use region::{Region, RegionOwner};

@@ -5,9 +5,13 @@ use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
 
 use super::arena;
 use super::mapping::Mapping;
+use crate::clock::after;
 use crate::config::{ArenaConfig, RemoteAccess};
 use crate::error::RegisterError;
 use crate::plan::LayoutError;
@@ -56,8 +60,8 @@ impl HostMemory {
     /// Memory that somebody else owns.
     ///
     /// # Safety
-    /// `base..base + bytes` must stay valid for reads and writes until the registration and all
-    /// transfers that name it are gone, and no reference into it may be live while a transfer or a
+    /// `base..base + bytes` must stay valid for reads and writes until [`Registration::close`] has
+    /// returned `Ok` (dropping the registration does not wait for peers), and no reference into it may be live while a transfer or a
     /// peer can touch it.
     #[must_use]
     pub const unsafe fn from_raw(base: NonNull<u8>, bytes: usize) -> Self {
@@ -124,6 +128,34 @@ pub(crate) struct Region {
     base: NonNull<u8>,
     backing: Backing,
     released: AtomicBool,
+    gone: Arc<Gone>,
+}
+
+/// Tells when a region is gone.
+#[derive(Debug, Default)]
+struct Gone {
+    gone: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Gone {
+    fn wait(&self, timeout: Duration) -> bool {
+        let until = after(timeout);
+        let mut gone = self.gone.lock();
+        while !*gone {
+            if self.changed.wait_until(&mut gone, until).timed_out() {
+                return *gone;
+            }
+        }
+        true
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        *self.gone.gone.lock() = true;
+        self.gone.changed.notify_all();
+    }
 }
 
 // SAFETY: `base` points into `backing`, which may be used from any thread.
@@ -154,6 +186,7 @@ impl Region {
             base,
             backing: memory.0,
             released,
+            gone: Arc::default(),
         })
     }
 
@@ -193,6 +226,7 @@ impl Region {
                 huge_pages,
             },
             released: AtomicBool::new(false),
+            gone: Arc::default(),
         })
     }
 
@@ -217,6 +251,11 @@ impl Region {
         }
     }
 
+    /// Where the memory begins, for a peer that copies through the kernel.
+    pub(crate) fn address(&self) -> u64 {
+        super::address_of(self.base)
+    }
+
     pub(crate) fn release(&self) {
         self.released.store(true, Ordering::Release);
     }
@@ -229,6 +268,29 @@ impl Region {
 /// Who is told when a registration ends.
 pub(crate) trait RegionOwner: Send + Sync {
     fn release(&self, region: &Region);
+}
+
+/// Memory whose registration has ended but that is still in use.
+#[derive(Debug, thiserror::Error)]
+#[error("the memory of region {region} is still in use")]
+pub struct RegionBusy {
+    /// The region.
+    pub region: RegionId,
+    gone: Arc<Gone>,
+}
+
+impl RegionBusy {
+    /// Waits again.
+    ///
+    /// # Errors
+    /// It is still in use after `timeout`.
+    pub fn wait(self, timeout: Duration) -> Result<(), Self> {
+        if self.gone.wait(timeout) {
+            Ok(())
+        } else {
+            Err(self)
+        }
+    }
 }
 
 /// Registered memory. Cloning shares it; peers can name it until the last clone is gone, and the
@@ -263,6 +325,22 @@ impl Registration {
     #[must_use]
     pub fn id(&self) -> RegionId {
         self.region().id
+    }
+
+    /// Ends the registration and waits until nothing uses the memory any more: no transfer of this
+    /// agent, and no peer that copies into or out of it through the kernel. After `Ok`, memory that
+    /// was registered with [`HostMemory::from_raw`] may be freed.
+    ///
+    /// # Errors
+    /// Something still uses it: another clone of the registration, a transfer, or a peer that
+    /// neither answers nor is dead. The memory must stay; wait again with [`RegionBusy::wait`].
+    pub fn close(self, timeout: Duration) -> Result<(), RegionBusy> {
+        let busy = RegionBusy {
+            region: self.id(),
+            gone: self.region().gone.clone(),
+        };
+        drop(self);
+        busy.wait(timeout)
     }
 
     /// Length in bytes.

@@ -39,7 +39,7 @@ impl Extent {
     fn remote(set: &SetPair) -> Self {
         let (space, start) = match &set.remote_region.memory {
             RemoteMemory::Mapped(mapped) => (0, mapped.base() as u64),
-            RemoteMemory::Streamed(_) | RemoteMemory::Stored => {
+            RemoteMemory::Foreign(_) | RemoteMemory::Streamed(_) | RemoteMemory::Stored => {
                 (set.remote_region.id.0.wrapping_add(1), 0)
             }
         };

@@ -71,14 +71,6 @@ pub(crate) fn post(
             return Err(PostError::NotificationTooLarge { bytes, limit });
         }
     }
-    let grant = work.and_then(|work| work.grant.as_ref());
-    if let Some(work) = work
-        && let Some(set) = work.sets.iter().find(|set| set.remote_region.released())
-    {
-        return Err(PostError::RegionReleased {
-            region: set.remote_region.id,
-        });
-    }
     if let Some((queue, _)) = &options.completion
         && !queue.reserve()
     {
@@ -92,10 +84,10 @@ pub(crate) fn post(
         }
         Err(error)
     };
-    if let Some(grant) = grant
-        && !grant.begin()
+    if let Some(work) = work
+        && let Err(error) = work.begin_use()
     {
-        return refuse(PostError::WindowClosed { window: grant.id });
+        return refuse(error);
     }
     let posted = Instant::now();
     let until = after_instant(posted, options.deadline);
@@ -107,8 +99,8 @@ pub(crate) fn post(
         options,
     );
     if let Err(error) = session.admit(&state) {
-        if let Some(grant) = grant {
-            grant.end();
+        if let Some(work) = work {
+            work.end_use();
         }
         return refuse(error);
     }
@@ -354,10 +346,14 @@ fn finish(
     check_overlap(op, &sets)?;
 
     let lane = session.lane().lane;
-    let mapped = sets
-        .iter()
-        .all(|set| matches!(set.remote_region.memory, RemoteMemory::Mapped(_)));
-    let (path, parts, reason) = if mapped {
+    let streamed = |set: &SetPair| matches!(set.remote_region.memory, RemoteMemory::Streamed(_));
+    let foreign = |set: &SetPair| matches!(set.remote_region.memory, RemoteMemory::Foreign(_));
+    let (path, parts, reason) = if !sets.iter().any(streamed) {
+        let how = if sets.iter().any(foreign) {
+            "copied by the kernel (process_vm)"
+        } else {
+            "copied"
+        };
         // 2^30 parts at most, far above what a 48-bit address space needs at the default size.
         let part_bytes = core
             .config
@@ -367,14 +363,14 @@ fn finish(
         (
             Path::Copy { part_bytes },
             parts,
-            format!("{}; copied", session.lane().reason),
+            format!("{}; {how}", session.lane().reason),
         )
     } else {
         let stripes = stripe_sets(&sets, bytes, session.streams());
         let parts = u32::try_from(stripes.len()).unwrap_or(u32::MAX);
         let reason = match sets.iter().find_map(|set| match &set.remote_region.memory {
-            RemoteMemory::Streamed(why) => Some(*why),
-            RemoteMemory::Mapped(_) | RemoteMemory::Stored => None,
+            RemoteMemory::Streamed(why) => Some(why),
+            RemoteMemory::Mapped(_) | RemoteMemory::Foreign(_) | RemoteMemory::Stored => None,
         }) {
             Some(why) => format!("{}; streamed: {why}", session.lane().reason),
             None => session.lane().reason.clone(),

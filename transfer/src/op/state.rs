@@ -4,6 +4,7 @@
 //! deadline, lost peer, closed window, refusal) given while bytes move ends the operation when the
 //! gate reports that nothing is left: an error is never visible while bytes can still move.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::task::Waker;
@@ -19,7 +20,7 @@ use super::request::PostOptions;
 use super::telemetry::{Stopwatch, TransferTelemetry};
 use super::work::{Path, Work};
 use crate::agent::{Core, Session, TimerKey};
-use crate::error::TransferError;
+use crate::error::{LossCause, TransferError};
 use crate::wire::Wanted;
 
 /// Where the notification of an operation stands, for the FIFO of its session.
@@ -207,8 +208,20 @@ impl TransferState {
             return;
         }
         while let Some(part) = self.claim_part() {
-            work.copy_part(part);
+            if let Err(error) = work.copy_part(part) {
+                self.inaccessible(&error);
+            }
             self.part_done();
+        }
+    }
+
+    /// The kernel did not copy a part: the peer's process is gone, or its memory is.
+    fn inaccessible(self: &Arc<Self>, error: &io::Error) {
+        if error.raw_os_error() == Some(libc::ESRCH) {
+            self.session.lose(LossCause::ProcessExited);
+        } else {
+            let reason = error.to_string();
+            self.stop(TransferError::Inaccessible { reason });
         }
     }
 
@@ -354,10 +367,8 @@ impl TransferState {
         if let Some(timer) = timer {
             self.core.timers.cancel(timer);
         }
-        if let Some(work) = &self.work
-            && let Some(grant) = &work.grant
-        {
-            grant.end();
+        if let Some(work) = &self.work {
+            work.end_use();
         }
         self.trace_end(outcome, elapsed);
         self.done.notify_all();

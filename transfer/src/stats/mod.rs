@@ -253,6 +253,10 @@ const fn index_of(outcome: &Result<(), TransferError>) -> usize {
         Err(TransferError::Cancelled) => 3,
         Err(TransferError::WindowClosed { .. }) => 4,
         Err(TransferError::Rejected(_)) => 5,
-        Err(TransferError::Storage(_) | TransferError::StillInFlight { .. }) => 6,
+        Err(
+            TransferError::Storage(_)
+            | TransferError::Inaccessible { .. }
+            | TransferError::StillInFlight { .. },
+        ) => 6,
     }
 }

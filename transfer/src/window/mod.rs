@@ -7,6 +7,7 @@
 
 mod grant;
 mod scope;
+mod usage;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -25,8 +26,9 @@ use crate::plan::BlockSet;
 
 pub use scope::WindowScope;
 
-pub(crate) use grant::{Acknowledge, Grant, GrantSpec};
+pub(crate) use grant::{Grant, GrantSpec};
 pub(crate) use scope::Scope;
+pub(crate) use usage::{Acknowledge, Usage};
 
 /// Names a window of one agent in one epoch; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -17,14 +17,16 @@ use super::frame::{Code, Header, Kind, RegionAnswer, decode_grant};
 use super::reactor::{Event, Flow, Placement, Reactors, Source};
 use super::socket::Socket;
 use super::watch::{ProcessWatch, Pulse};
-use crate::agent::{CopyPool, Core, MappedMemory, RemoteMemory, RemoteRegion, Session, Timers};
+use crate::agent::{
+    CopyPool, Core, ForeignMemory, MappedMemory, RemoteMemory, RemoteRegion, Session, Timers,
+};
 use crate::backend::{Backend, Refusal};
 use crate::config::RemoteAccess;
 use crate::error::{LossCause, Rejection, TransferError};
-use crate::memory::{RegionId, map_arena};
+use crate::memory::{PeerProcess, RegionId, map_arena};
 use crate::op::{Op, Path, Stripe, TransferState, Work};
 use crate::ring::SendError;
-use crate::window::{Grant, WindowId};
+use crate::window::{Grant, Usage, WindowId};
 
 /// Larger notifications do not go along with the bytes of a WRITE.
 const RIDER_BYTES_MAX: usize = 4096;
@@ -64,6 +66,8 @@ pub(crate) struct WireClient {
     pulse: Pulse,
     unmapped: &'static str,
     notifications: Option<NotificationChannel>,
+    /// The peer's process, for copies through the kernel; none once the connection is closed.
+    process: Mutex<Option<Arc<PeerProcess>>>,
 }
 
 struct Waiting {
@@ -111,6 +115,9 @@ impl fmt::Debug for WireClient {
 impl WireClient {
     pub(crate) fn new(core: &Core, reactors: &Arc<Reactors>, wire: ConnectedWire) -> Arc<Self> {
         let control = Arc::new(wire.control);
+        let watch = wire.process.as_ref();
+        let process = watch.and_then(|watch| PeerProcess::of(control.as_fd(), watch));
+        let process = Mutex::new(process.map(Arc::new));
         Arc::new_cyclic(|me: &Weak<Self>| Self {
             me: me.clone(),
             control: ControlTx::new(control.clone()),
@@ -137,6 +144,7 @@ impl WireClient {
             pulse: Pulse::new(core.config.peer_loss_timeout, wire.peer_loss_timeout),
             unmapped: wire.unmapped,
             notifications: wire.notifications,
+            process,
         })
     }
 
@@ -387,6 +395,7 @@ impl WireClient {
             | Kind::WindowQuiet
             | Kind::Notify
             | Kind::Rang
+            | Kind::RegionQuiet
             | Kind::Ring
             | Kind::Bell
             | Kind::StripeDone
@@ -398,6 +407,39 @@ impl WireClient {
             | Kind::ReadDone => return Err(Violation("a frame that targets do not send")),
         }
         Ok(())
+    }
+
+    /// Memory of the peer that is not an arena: the kernel copies there if it lets us.
+    fn foreign(&self, id: RegionId, base: u64) -> RemoteMemory {
+        let quiet = || self.control.header(Header::new(Kind::RegionQuiet, id.0, 0));
+        let refused = |why: String| {
+            // We will not touch it; the peer need not keep it for us.
+            quiet();
+            tracing::warn!(region = %id, %why, "memory of a peer on this host goes over the socket");
+            RemoteMemory::Streamed(why.into())
+        };
+        let Some(process) = self.process.lock().clone() else {
+            return refused(
+                "the region is not an arena and the peer's process is not visible".into(),
+            );
+        };
+        if let Err(error) = process.probe(base) {
+            return refused(format!(
+                "the region is not an arena and the kernel does not copy there: {error}"
+            ));
+        }
+        let client = self.me.clone();
+        RemoteMemory::Foreign(ForeignMemory {
+            process,
+            base,
+            usage: Usage::new(Box::new(move || {
+                if let Some(client) = client.upgrade() {
+                    client
+                        .control
+                        .header(Header::new(Kind::RegionQuiet, id.0, 0));
+                }
+            })),
+        })
     }
 
     fn window_quiet(&self, window: WindowId) {
@@ -461,12 +503,13 @@ impl Backend for WireClient {
             return Err(Refusal::Denied);
         }
         let memory = match file {
-            None => RemoteMemory::Streamed(self.unmapped),
+            None if answer.address != 0 => self.foreign(id, answer.address),
+            None => RemoteMemory::Streamed(self.unmapped.into()),
             Some(file) => match map_arena(&file, answer.len) {
                 Ok(mapping) => RemoteMemory::Mapped(MappedMemory::Shared(mapping)),
                 Err(error) => {
                     tracing::warn!(region = %id, %error, "cannot map the peer's arena");
-                    RemoteMemory::Streamed("its arena cannot be mapped here")
+                    RemoteMemory::Streamed("its arena cannot be mapped here".into())
                 }
             },
         };
@@ -568,6 +611,8 @@ impl Backend for WireClient {
     fn close(&self) {
         self.control.close();
         self.reactors.remove(self.control_at);
+        let process = self.process.lock().take();
+        drop(process);
     }
 }
 

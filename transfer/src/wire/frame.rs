@@ -29,6 +29,7 @@ pub(crate) enum Kind {
     WindowQuiet = 34,
     Notify = 35,
     Rang = 36,
+    RegionQuiet = 37,
     // Control connection, from the target.
     Region = 48,
     Window = 49,
@@ -61,6 +62,7 @@ impl Kind {
             34 => Self::WindowQuiet,
             35 => Self::Notify,
             36 => Self::Rang,
+            37 => Self::RegionQuiet,
             48 => Self::Region,
             49 => Self::Window,
             50 => Self::WindowClose,
@@ -376,6 +378,9 @@ pub(crate) struct RegionAnswer {
     pub(crate) access: RemoteAccess,
     /// The memory file comes with this frame.
     pub(crate) file: bool,
+    /// Address of the first byte in the target's process, for an initiator that may copy there
+    /// through the kernel; 0 for none.
+    pub(crate) address: u64,
 }
 
 impl RegionAnswer {
@@ -384,6 +389,7 @@ impl RegionAnswer {
         out.u64(self.len);
         out.u8(access_code(self.access));
         out.u8(u8::from(self.file));
+        out.u64(self.address);
         out.bytes
     }
 
@@ -393,7 +399,13 @@ impl RegionAnswer {
             let len = reader.u64()?;
             let access = access_from(reader.u8()?);
             let file = reader.u8()? != 0;
-            Ok(access.map(|access| Self { len, access, file }))
+            let address = reader.u64()?;
+            Ok(access.map(|access| Self {
+                len,
+                access,
+                file,
+                address,
+            }))
         };
         read().ok().flatten().filter(|_| reader.remaining() == 0)
     }

@@ -55,6 +55,8 @@ struct State {
     streams: usize,
     windows: HashMap<WindowId, Arc<OpenWindow>>,
     regions: HashSet<RegionId>,
+    /// Memory that the initiator may copy into through the kernel.
+    held: HashMap<RegionId, Arc<Region>>,
     /// The ring through which its notifications come.
     ring: Option<usize>,
 }
@@ -216,8 +218,10 @@ impl Incoming {
         self.control.close();
         let mut state = self.state.lock();
         let windows = std::mem::take(&mut state.windows);
+        let held = std::mem::take(&mut state.held);
         let ring = state.ring.take();
         drop(state);
+        drop(held);
         if let Some(ring) = ring {
             self.core.notifications.close_ring(ring);
         }
@@ -309,6 +313,10 @@ impl Incoming {
                     window.acknowledge(self.key);
                 }
             }
+            Kind::RegionQuiet => {
+                let region = self.state.lock().held.remove(&RegionId(header.id));
+                drop(region);
+            }
             Kind::Rang => self.core.notifications.wake_tasks(),
             Kind::Notify => {
                 let code = self.deliver(body);
@@ -373,10 +381,16 @@ impl Incoming {
             return;
         };
         let file = region.file().filter(|_| self.maps).cloned();
+        let by_kernel = self.maps && file.is_none();
+        if by_kernel {
+            // The memory stays until the initiator says that it does not copy there any more.
+            self.state.lock().held.insert(id, region.clone());
+        }
         let answer = RegionAnswer {
             len: region.len as u64,
             access: region.access,
             file: file.is_some(),
+            address: if by_kernel { region.address() } else { 0 },
         };
         self.control.send(header.with_body(&answer.encode()), file);
     }

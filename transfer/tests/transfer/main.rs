@@ -11,6 +11,7 @@
 
 mod faults;
 mod meeting;
+mod memory;
 mod observe;
 mod process;
 mod suite;
