@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use blockplane_transfer::{
     Agent, AgentConfig, ArenaConfig, BlockLayout, Lane, LocalBlocks, Metadata, Op, Peer,
-    PostOptions, RegionId, Registration, RemoteBlocks,
+    PostOptions, RegionId, Registration, RemoteAccess, RemoteBlocks,
 };
 
 const ARENA: u64 = 512 << 20;
@@ -22,26 +22,41 @@ fn main() {
     match arguments.next().as_deref() {
         Some("--other") => other(arguments.next().as_deref()),
         only => {
-            for lane in [Lane::Loopback, Lane::Shm, Lane::Tcp] {
-                if only.is_none_or(|only| only == lane.to_string()) {
-                    measure(lane);
+            for (lane, host) in [
+                (Lane::Loopback, false),
+                (Lane::Shm, false),
+                (Lane::Shm, true),
+                (Lane::Tcp, false),
+            ] {
+                let name = name(lane, host);
+                if only.is_none_or(|only| only == name) {
+                    measure(lane, host);
                 }
             }
         }
     }
 }
 
+/// How a case is called: `host` is memory that is not an arena.
+fn name(lane: Lane, host: bool) -> String {
+    format!("{lane}{}", if host { "-host" } else { "" })
+}
+
 /// The target: an arena, and an echo of every notification.
 fn other(lane: Option<&str>) {
-    let lane = if lane == Some("shm") {
+    let host = lane == Some("shm-host");
+    let lane = if host || lane == Some("shm") {
         Lane::Shm
     } else {
         Lane::Tcp
     };
     let agent = Agent::new(AgentConfig::new("other").with_lanes([lane])).unwrap();
-    let region = agent
-        .allocate(ArenaConfig::new(usize::try_from(ARENA).unwrap(), "target"))
-        .unwrap();
+    let bytes = usize::try_from(ARENA).unwrap();
+    let region = if host {
+        agent.register(vec![0; bytes], RemoteAccess::Open).unwrap()
+    } else {
+        agent.allocate(ArenaConfig::new(bytes, "target")).unwrap()
+    };
     touch(&region);
     print_blob(&agent);
     let mut blob = String::new();
@@ -58,7 +73,8 @@ fn other(lane: Option<&str>) {
     }
 }
 
-fn measure(lane: Lane) {
+fn measure(lane: Lane, host: bool) {
+    let name = name(lane, host);
     let agent = Agent::new(AgentConfig::new("me").with_lanes([lane])).unwrap();
     let local = agent
         .allocate(ArenaConfig::new(usize::try_from(ARENA).unwrap(), "source"))
@@ -75,7 +91,7 @@ fn measure(lane: Lane) {
         (agent.metadata(), Some((region, metadata)))
     } else {
         let mut other = Command::new(std::env::current_exe().unwrap())
-            .args(["--other", &lane.to_string()])
+            .args(["--other", &name])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -97,7 +113,7 @@ fn measure(lane: Lane) {
     let started = Instant::now();
     let peer = agent.connect(&metadata, WAIT).unwrap();
     println!(
-        "{lane}: connect {:.0} us; {}",
+        "{name}: connect {:.0} us; {}",
         micros(started),
         peer.lane().reason
     );
@@ -154,7 +170,7 @@ fn measure(lane: Lane) {
             let (median, post) = (median(&mut waits), median(&mut posts));
             let bytes = f64::from(count) * f64::from(u32::try_from(block).unwrap());
             println!(
-                "{lane} {op:?} {:>4} KiB x {count:<4} {:>7.2} GB/s  p50 {median:>8.1} us  post {post:>5.1} us",
+                "{name} {op:?} {:>4} KiB x {count:<4} {:>7.2} GB/s  p50 {median:>8.1} us  post {post:>5.1} us",
                 block >> 10,
                 bytes / median / 1e3,
             );

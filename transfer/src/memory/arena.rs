@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::ptr::NonNull;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::Advice;
@@ -71,6 +72,19 @@ pub(crate) fn map_arena(file: &OwnedFd, bytes: u64) -> io::Result<Mapping> {
     let mapping = Mapping::shared(file.as_fd(), bytes)?;
     let _ = advise(&mapping);
     Ok(mapping)
+}
+
+/// Asks for transparent huge pages on the whole pages of ordinary memory. Pages that exist stay
+/// what they are; a kernel that does not want to is not asked twice.
+pub(crate) fn advise_huge_pages(base: NonNull<u8>, bytes: usize) {
+    let page = rustix::param::page_size();
+    let skip = base.as_ptr().align_offset(page).min(bytes);
+    let whole = (bytes - skip) / page * page;
+    if whole >= HUGE_PAGE_BYTES {
+        let first = base.as_ptr().wrapping_add(skip);
+        // SAFETY: whole pages inside memory that the caller owns; advice changes no contents.
+        let _ = unsafe { rustix::mm::madvise(first.cast(), whole, Advice::LinuxHugepage) };
+    }
 }
 
 /// Asks for transparent huge pages on a mapping of a memory file and says what comes of it.

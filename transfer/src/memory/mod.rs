@@ -16,7 +16,7 @@ mod region;
 
 pub use region::{HostMemory, HugePageUse, RegionBusy, RegionId, RegionKind, Registration};
 
-pub(crate) use arena::{map_arena, small_file};
+pub(crate) use arena::{advise_huge_pages, map_arena, small_file};
 pub(crate) use copy::{Stores, copy_bytes, copy_piece, publish};
 pub(crate) use foreign::{Batch, PeerProcess, address_of};
 pub(crate) use mapping::Mapping;

@@ -80,6 +80,8 @@ impl From<Box<[u8]>> for HostMemory {
         let bytes = memory.len();
         // A raw pointer from here on: no reference to these bytes exists until they are freed.
         let base = NonNull::from(Box::leak(memory)).cast::<u8>();
+        // Fewer and larger pages make copies through the kernel cheaper.
+        super::advise_huge_pages(base, bytes);
         Self(Backing::Owned { base, bytes })
     }
 }
