@@ -278,6 +278,25 @@ impl PrepareError {
     }
 }
 
+/// Why blocks of a peer could not be mapped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MapError {
+    /// The memory is not mapped in this process; READ copies it.
+    #[error("region {region} cannot be looked at in place over {lane}: {reason}")]
+    NotMapped {
+        /// The region.
+        region: RegionId,
+        /// The lane of the connection.
+        lane: Lane,
+        /// Why it is not mapped.
+        reason: String,
+    },
+    /// The blocks do not fit, or are not accessible.
+    #[error(transparent)]
+    Blocks(#[from] PrepareError),
+}
+
 /// Why an operation could not be posted; nothing was sent.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

@@ -92,7 +92,8 @@
 //!
 //! [`Peer::lane`] says which lane a connection uses and why, [`Prepared::plan`] how one operation is
 //! going to run. [`Lane::Loopback`] reaches agents of this process and [`Lane::Shm`] processes of
-//! this host, both by one memcpy between mappings; [`Lane::Tcp`] reaches the rest. On the shm lane
+//! this host, both by one memcpy between mappings (memory of another process that is not an arena
+//! is copied by the kernel); [`Lane::Tcp`] reaches the rest. [`Agent::map`] does without the copy. On the shm lane
 //! everybody with access to the socket (the same user) is trusted to stay within the windows it was
 //! given: a mapping cannot be revoked block by block. Over tcp the owner of the memory checks.
 //!
@@ -182,13 +183,13 @@ mod wire;
 pub use agent::{Agent, LaneInfo, Peer};
 pub use config::{AgentConfig, ArenaConfig, FaultConfig, HugePages, Lane, RemoteAccess};
 pub use error::{
-    AgentError, AgentStopped, ConnectError, LossCause, MetadataError, PeerLost, PostError,
-    PrepareError, RegisterError, Rejection, Side, TransferError, WindowError,
+    AgentError, AgentStopped, ConnectError, LossCause, MapError, MetadataError, PeerLost,
+    PostError, PrepareError, RegisterError, Rejection, Side, TransferError, WindowError,
 };
 pub use memory::{HostMemory, HugePageUse, RegionBusy, RegionId, RegionKind, Registration};
 pub use op::{
-    CancelOutcome, Completion, CompletionQueue, Descriptor, LocalBlocks, Notification,
-    Notifications, Op, Plan, PostOptions, Prepared, Recv, RecvError, RemoteBlocks,
+    CancelOutcome, Completion, CompletionQueue, Descriptor, LocalBlocks, MappedBlocks,
+    Notification, Notifications, Op, Plan, PostOptions, Prepared, Recv, RecvError, RemoteBlocks,
     RemoteDescriptor, Transfer, TransferStatus, TransferTelemetry,
 };
 pub use peer::{Metadata, RegionInfo};

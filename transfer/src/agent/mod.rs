@@ -14,12 +14,13 @@ use bytes::Bytes;
 
 use crate::config::{AgentConfig, ArenaConfig, Lane, RemoteAccess};
 use crate::error::{
-    AgentError, ConnectError, PeerLost, PostError, PrepareError, RegisterError, WindowError,
+    AgentError, ConnectError, MapError, PeerLost, PostError, PrepareError, RegisterError,
+    WindowError,
 };
 use crate::memory::{HostMemory, Registration};
 use crate::op::{
-    CompletionQueue, Descriptor, LocalBlocks, Notifications, Op, PostOptions, Prepared,
-    RemoteBlocks, RemoteDescriptor, Transfer,
+    CompletionQueue, Descriptor, LocalBlocks, MappedBlocks, Notifications, Op, PostOptions,
+    Prepared, RemoteBlocks, RemoteDescriptor, Transfer,
 };
 use crate::peer::Metadata;
 use crate::stats::{AgentStats, PeerStats};
@@ -196,6 +197,15 @@ impl Agent {
         ranges: FileRanges<'_>,
     ) -> Result<Prepared, PrepareError> {
         crate::storage::prepare_file_descriptors(self.core(), op, local, ranges)
+    }
+
+    /// Blocks of a peer where they lie, without a copy: possible where the peer's arena is mapped
+    /// here (loopback and shm).
+    ///
+    /// # Errors
+    /// The memory is not mapped here, or the blocks do not fit or are not accessible for reading.
+    pub fn map(&self, remote: RemoteBlocks<'_>) -> Result<MappedBlocks, MapError> {
+        crate::op::map_blocks(self.core(), remote)
     }
 
     /// Sends a notification on its own. It keeps its place among the notifications that are bound

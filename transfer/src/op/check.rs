@@ -2,7 +2,7 @@
 
 use super::request::Op;
 use super::work::SetPair;
-use crate::agent::Session;
+use crate::agent::{RemoteRegion, Session};
 use crate::config::RemoteAccess;
 use crate::error::{PrepareError, Side};
 use crate::plan::{BlockSet, LayoutError};
@@ -56,13 +56,18 @@ pub(crate) fn check_set(set: &SetPair) -> Result<(), PrepareError> {
             limit: limit as u64,
         });
     }
-    let layout = |side, source| PrepareError::Layout { side, source };
-    local
-        .validate(set.local_region.len as u64)
-        .map_err(|e| layout(Side::Local, e))?;
-    remote
-        .validate(set.remote_region.len)
-        .map_err(|e| layout(Side::Remote, e))
+    check_layout(Side::Local, local, set.local_region.len as u64)?;
+    check_layout(Side::Remote, remote, set.remote_region.len)
+}
+
+/// Ids, layers and bounds of one side.
+pub(super) fn check_layout(
+    side: Side,
+    set: &BlockSet,
+    region_bytes: u64,
+) -> Result<(), PrepareError> {
+    set.validate(region_bytes)
+        .map_err(|source| PrepareError::Layout { side, source })
 }
 
 fn layers(set: &BlockSet) -> u64 {
@@ -71,13 +76,14 @@ fn layers(set: &BlockSet) -> u64 {
 
 pub(super) fn check_window(
     session: &Session,
-    set: &SetPair,
+    remote: &RemoteRegion,
+    set: &BlockSet,
     op: Op,
     grant: Option<&Grant>,
 ) -> Result<(), PrepareError> {
-    let region = set.remote_region.id;
+    let region = remote.id;
     match grant {
-        None => match set.remote_region.access {
+        None => match remote.access {
             RemoteAccess::Open => Ok(()),
             RemoteAccess::WindowOnly => {
                 let peer = session.peer_name().to_owned();
@@ -99,7 +105,7 @@ pub(super) fn check_window(
             if !grant.spec.access.allows(op == Op::Write) {
                 return Err(outside(format!("it is open for {:?}", grant.spec.access)));
             }
-            grant.spec.scope.covers(&set.remote).map_err(outside)
+            grant.spec.scope.covers(set).map_err(outside)
         }
     }
 }

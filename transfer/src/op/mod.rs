@@ -3,6 +3,7 @@
 mod check;
 mod completion;
 mod gate;
+mod map;
 mod notify;
 mod overlap;
 mod prepare;
@@ -13,6 +14,7 @@ mod transfer;
 mod work;
 
 pub use completion::{Completion, CompletionQueue};
+pub use map::MappedBlocks;
 pub use notify::{Notification, Notifications, Recv, RecvError};
 pub use prepare::Prepared;
 pub use request::{Descriptor, LocalBlocks, Op, Plan, PostOptions, RemoteBlocks, RemoteDescriptor};
@@ -20,6 +22,7 @@ pub use telemetry::TransferTelemetry;
 pub use transfer::{CancelOutcome, Transfer, TransferStatus};
 
 pub(crate) use check::{check_range, check_set};
+pub(crate) use map::map_blocks;
 pub(crate) use notify::NotificationQueue;
 pub(crate) use overlap::check_overlap;
 pub(crate) use prepare::{SETS_MAX, own as own_region, post, prepare_blocks, prepare_descriptors};

@@ -249,14 +249,14 @@ pub(crate) fn own(
 }
 
 /// Questions to the peer while preparing, all before one deadline.
-struct Questions<'a> {
+pub(super) struct Questions<'a> {
     core: &'a Core,
     session: &'a Arc<Session>,
     until: Instant,
 }
 
 impl<'a> Questions<'a> {
-    fn new(core: &'a Core, session: &'a Arc<Session>) -> Self {
+    pub(super) fn new(core: &'a Core, session: &'a Arc<Session>) -> Self {
         Self {
             core,
             session,
@@ -264,7 +264,7 @@ impl<'a> Questions<'a> {
         }
     }
 
-    fn region(&self, region: RegionId) -> Result<Arc<RemoteRegion>, PrepareError> {
+    pub(super) fn region(&self, region: RegionId) -> Result<Arc<RemoteRegion>, PrepareError> {
         let peer = || self.session.peer_name().to_owned();
         self.session
             .region(region, self.until)
@@ -281,7 +281,7 @@ impl<'a> Questions<'a> {
             })
     }
 
-    fn window(&self, window: WindowId) -> Result<Arc<Grant>, PrepareError> {
+    pub(super) fn window(&self, window: WindowId) -> Result<Arc<Grant>, PrepareError> {
         let peer = || self.session.peer_name().to_owned();
         self.session
             .grant(window, self.until)
@@ -334,7 +334,13 @@ fn finish(
     let (mut bytes, mut runs, mut pieces) = (0u64, 0, 0);
     for set in &sets {
         check_set(set)?;
-        check_window(&session, set, op, grant.as_deref())?;
+        check_window(
+            &session,
+            &set.remote_region,
+            &set.remote,
+            op,
+            grant.as_deref(),
+        )?;
         starts.push(bytes);
         bytes = bytes.saturating_add(set.local.bytes());
         runs += set.local.runs();

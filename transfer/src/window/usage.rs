@@ -57,6 +57,11 @@ impl Usage {
         }
     }
 
+    /// Whether it is taken away.
+    pub(crate) fn revoked(&self) -> bool {
+        self.state.lock().revoked
+    }
+
     /// No transfer may start any more; the owner is told when none is left, perhaps now.
     pub(crate) fn revoke(&self) {
         let mut state = self.state.lock();
