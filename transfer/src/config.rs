@@ -278,6 +278,41 @@ impl AgentConfig {
     }
 }
 
+/// How to connect to one peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ConnectOptions {
+    /// Lanes for this connection, best first, in place of [`AgentConfig::lanes`]. Default: those of
+    /// the agent.
+    pub lanes: Option<Vec<Lane>>,
+    /// Bound on connecting, all lanes together. Default 2 s.
+    pub timeout: Duration,
+}
+
+impl Default for ConnectOptions {
+    fn default() -> Self {
+        Self::within(Duration::from_secs(2))
+    }
+}
+
+impl ConnectOptions {
+    /// The lanes of the agent, within `timeout`.
+    #[must_use]
+    pub const fn within(timeout: Duration) -> Self {
+        Self {
+            lanes: None,
+            timeout,
+        }
+    }
+
+    /// The same with only `lanes` allowed, best first.
+    #[must_use]
+    pub fn with_lanes(mut self, lanes: impl Into<Vec<Lane>>) -> Self {
+        self.lanes = Some(lanes.into());
+        self
+    }
+}
+
 /// An arena: shared memory that peers on this host can map.
 #[derive(Clone, Debug)]
 pub struct ArenaConfig {

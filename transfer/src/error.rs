@@ -74,7 +74,7 @@ pub enum RegisterError {
 }
 
 /// Why no connection to a peer came about.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConnectError {
     /// No lane worked; each one tried or skipped is listed with its reason.
@@ -93,8 +93,14 @@ pub enum ConnectError {
         /// Epoch in the metadata.
         epoch: u64,
     },
+    /// The handle names a peer that is not remembered any more.
+    #[error("agent {peer:?} was forgotten; accepted: remembered peers")]
+    Unknown {
+        /// Name of the peer.
+        peer: String,
+    },
     /// The limit of peers is reached.
-    #[error("{limit} peers are connected, the limit `peers_max`")]
+    #[error("{limit} peers are connected or remembered, the limit `peers_max`")]
     TooMany {
         /// The limit.
         limit: usize,
@@ -165,9 +171,9 @@ pub enum PrepareError {
         /// Name of the peer.
         peer: String,
     },
-    /// All remote blocks of one operation are with one peer.
-    #[error("one operation names several peers")]
-    SeveralPeers,
+    /// The peer is connected when it is first used, and that failed.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
     /// The peer has no such region, or has released it.
     #[error("agent {peer:?} has no region {region}")]
     UnknownRegion {
@@ -274,7 +280,11 @@ impl PrepareError {
     /// Whether the same call may succeed after reconnecting or later.
     #[must_use]
     pub const fn retryable(&self) -> bool {
-        matches!(self, Self::PeerLost(_) | Self::TimedOut { .. })
+        match self {
+            Self::PeerLost(_) | Self::TimedOut { .. } => true,
+            Self::Connect(error) => error.retryable(),
+            _ => false,
+        }
     }
 }
 
@@ -301,6 +311,9 @@ pub enum MapError {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PostError {
+    /// The peer is connected when it is first used, and that failed.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
     /// The peer is lost.
     #[error(transparent)]
     PeerLost(#[from] PeerLost),
@@ -353,10 +366,13 @@ impl PostError {
     /// Whether the same call may succeed later (for a lost peer: after reconnecting).
     #[must_use]
     pub const fn retryable(&self) -> bool {
-        matches!(
-            self,
-            Self::PeerLost(_) | Self::TooManyInFlight { .. } | Self::CompletionQueueFull { .. }
-        )
+        match self {
+            Self::PeerLost(_) | Self::TooManyInFlight { .. } | Self::CompletionQueueFull { .. } => {
+                true
+            }
+            Self::Connect(error) => error.retryable(),
+            _ => false,
+        }
     }
 }
 

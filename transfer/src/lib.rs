@@ -181,7 +181,9 @@ mod window;
 mod wire;
 
 pub use agent::{Agent, LaneInfo, Peer};
-pub use config::{AgentConfig, ArenaConfig, FaultConfig, HugePages, Lane, RemoteAccess};
+pub use config::{
+    AgentConfig, ArenaConfig, ConnectOptions, FaultConfig, HugePages, Lane, RemoteAccess,
+};
 pub use error::{
     AgentError, AgentStopped, ConnectError, LossCause, MapError, MetadataError, PeerLost,
     PostError, PrepareError, RegisterError, Rejection, Side, TransferError, WindowError,
@@ -194,7 +196,7 @@ pub use op::{
 };
 pub use peer::{Metadata, RegionInfo};
 pub use plan::{BlockIds, BlockLayout, LayoutError};
-pub use stats::{AgentStats, FlowStats, LatencyHistogram, PeerStats};
+pub use stats::{AgentStats, CostBasis, CostEstimate, FlowStats, LatencyHistogram, PeerStats};
 pub use storage::{
     DirectIo, DirectUse, FileAccess, FileBlocks, FileConfig, FileCreation, FileEngine, FileInfo,
     FileRanges, FileSource, FileStore, OpenError, StorageAction, StorageConfig, StorageError,

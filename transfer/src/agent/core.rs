@@ -4,15 +4,13 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Weak};
-use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 
-use super::{CopyPool, LaneChoice, Peer, Session, Timers};
-use crate::backend::{self, LaneFailure};
-use crate::clock::after;
+use super::peer::KnownPeer;
+use super::{CopyPool, Session, Timers};
 use crate::config::{AgentConfig, ArenaConfig, RemoteAccess};
-use crate::error::{AgentError, ConnectError, LossCause, RegisterError, WindowError};
+use crate::error::{AgentError, LossCause, RegisterError, WindowError};
 use crate::memory::{HostMemory, Region, RegionId, RegionOwner, Registration};
 use crate::op::{Notification, NotificationQueue};
 use crate::peer::{Addresses, Metadata, RegionInfo};
@@ -33,7 +31,9 @@ pub(crate) struct Core {
     regions: RwLock<HashMap<RegionId, Weak<Region>>>,
     windows: Mutex<HashMap<WindowId, Arc<OpenWindow>>>,
     /// Connections made by this agent, by name of the peer.
-    sessions: Mutex<HashMap<String, Arc<Session>>>,
+    pub(super) sessions: Mutex<HashMap<String, Arc<Session>>>,
+    /// Peers that are connected when they are first needed, by name.
+    pub(super) book: Mutex<HashMap<Arc<str>, Arc<KnownPeer>>>,
     /// Connections that agents of this process made to this one.
     in_process: Mutex<Vec<Weak<Session>>>,
     ids: AtomicU64,
@@ -94,6 +94,7 @@ impl Core {
             regions: RwLock::default(),
             windows: Mutex::default(),
             sessions: Mutex::default(),
+            book: Mutex::default(),
             in_process: Mutex::default(),
             ids: AtomicU64::new(1),
             stopped: AtomicBool::new(false),
@@ -290,113 +291,6 @@ impl Core {
         let taken = self.notifications.push(notification);
         self.counters.received(taken);
         taken
-    }
-
-    pub(super) fn connect(
-        self: &Arc<Self>,
-        metadata: &Metadata,
-        timeout: Duration,
-    ) -> Result<Arc<Session>, ConnectError> {
-        if self.is_stopped() {
-            return Err(ConnectError::AgentStopped);
-        }
-        let live = |sessions: &HashMap<String, Arc<Session>>| {
-            sessions
-                .get(metadata.name())
-                .filter(|known| known.epoch() == metadata.epoch() && known.lost().is_none())
-                .cloned()
-        };
-        {
-            let mut sessions = self.sessions.lock();
-            if let Some(known) = live(&sessions) {
-                return Ok(known);
-            }
-            let limit = self.config.peers_max;
-            if sessions.len() >= limit {
-                // The lost are kept for nothing but their handles, which have them anyway.
-                sessions.retain(|_, session| session.lost().is_none());
-            }
-            if sessions.len() >= limit && !sessions.contains_key(metadata.name()) {
-                return Err(ConnectError::TooMany { limit });
-            }
-        }
-        let session = self.open_session(metadata, after(timeout))?;
-        let mut sessions = self.sessions.lock();
-        if let Some(known) = live(&sessions) {
-            drop(sessions);
-            // Somebody else connected at the same time; one connection is enough.
-            session.lose(LossCause::Disconnected);
-            return Ok(known);
-        }
-        let old = sessions.insert(metadata.name().to_owned(), session.clone());
-        drop(sessions);
-        if let Some(old) = old {
-            old.lose(LossCause::Replaced(metadata.epoch()));
-        }
-        if self.is_stopped() {
-            session.lose(LossCause::Disconnected);
-            return Err(ConnectError::AgentStopped);
-        }
-        let lane = session.lane();
-        tracing::info!(
-            agent = %self.name,
-            peer = metadata.name(),
-            epoch = metadata.epoch(),
-            lane = %lane.lane,
-            reason = %lane.reason,
-            "peer connected"
-        );
-        Ok(session)
-    }
-
-    /// Tries the allowed lanes, best first.
-    fn open_session(
-        self: &Arc<Self>,
-        metadata: &Metadata,
-        until: Instant,
-    ) -> Result<Arc<Session>, ConnectError> {
-        let mut tried = Vec::new();
-        for &lane in &self.config.lanes {
-            match backend::open(self, lane, metadata, until) {
-                Ok((backend, why, streams)) => {
-                    let backend = backend::with_faults(self, backend);
-                    let choice = LaneChoice::new(lane, &why, &tried, streams);
-                    let session = Session::new(self, metadata, choice, backend);
-                    return Ok(session);
-                }
-                Err(LaneFailure::Stale) => {
-                    return Err(ConnectError::Stale {
-                        peer: metadata.name().to_owned(),
-                        epoch: metadata.epoch(),
-                    });
-                }
-                Err(LaneFailure::Unusable(reason)) => tried.push((lane, reason)),
-            }
-        }
-        Err(ConnectError::NoLane {
-            peer: metadata.name().to_owned(),
-            tried,
-        })
-    }
-
-    pub(super) fn disconnect(&self, session: &Arc<Session>) {
-        session.lose(LossCause::Disconnected);
-        let mut sessions = self.sessions.lock();
-        if sessions
-            .get(session.peer_name())
-            .is_some_and(|known| Arc::ptr_eq(known, session))
-        {
-            sessions.remove(session.peer_name());
-        }
-    }
-
-    pub(crate) fn session_of<'a>(self: &Arc<Self>, peer: &'a Peer) -> Option<&'a Arc<Session>> {
-        peer.session(self)
-    }
-
-    /// Connections of this agent at this moment.
-    pub(crate) fn sessions(&self) -> Vec<Arc<Session>> {
-        self.sessions.lock().values().cloned().collect()
     }
 
     pub(super) fn stats(&self) -> AgentStats {

@@ -2,6 +2,7 @@
 
 mod copy;
 mod core;
+mod peer;
 mod remote;
 mod session;
 mod timers;
@@ -12,10 +13,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::config::{AgentConfig, ArenaConfig, Lane, RemoteAccess};
+use crate::config::{AgentConfig, ArenaConfig, ConnectOptions, RemoteAccess};
 use crate::error::{
-    AgentError, ConnectError, MapError, PeerLost, PostError, PrepareError, RegisterError,
-    WindowError,
+    AgentError, ConnectError, MapError, PostError, PrepareError, RegisterError, WindowError,
 };
 use crate::memory::{HostMemory, Registration};
 use crate::op::{
@@ -23,18 +23,21 @@ use crate::op::{
     Prepared, RemoteBlocks, RemoteDescriptor, Transfer,
 };
 use crate::peer::Metadata;
-use crate::stats::{AgentStats, PeerStats};
+use crate::stats::AgentStats;
 use crate::storage::{FileBlocks, FileConfig, FileRanges, FileStore, OpenError};
 use crate::window::{Window, WindowAccess, WindowScope};
 
+pub use peer::{LaneInfo, Peer};
+
 pub(crate) use copy::CopyPool;
 pub(crate) use core::{Core, find_in_process, random_u64};
+pub(crate) use peer::NoSession;
 pub(crate) use remote::{ForeignMemory, MappedMemory, RemoteMemory, RemoteRegion};
 pub(crate) use session::{LaneChoice, Session, next_session_key};
 pub(crate) use timers::{TimerKey, Timers};
 
 /// One participant of the block plane. Clones share it; dropping the last one ends its threads,
-/// fails what is in flight with [`PeerLost`] and closes its connections.
+/// fails what is in flight with [`PeerLost`](crate::PeerLost) and closes its connections.
 #[derive(Clone)]
 pub struct Agent {
     handle: Arc<Handle>,
@@ -121,16 +124,60 @@ impl Agent {
     }
 
     /// Connects to a peer over the best lane that works. Idempotent while the connection lives; a
-    /// new epoch of a known name replaces the old one, whose operations fail with [`PeerLost`].
+    /// new epoch of a known name replaces the old one, whose operations fail
+    /// with [`PeerLost`](crate::PeerLost).
     ///
     /// # Errors
     /// No lane works within `timeout`, or the metadata is of an earlier life of the peer.
     pub fn connect(&self, metadata: &Metadata, timeout: Duration) -> Result<Peer, ConnectError> {
-        let session = self.core().connect(metadata, timeout)?;
-        Ok(Peer {
-            session,
-            core: self.core().clone(),
-        })
+        self.connect_with(metadata, &ConnectOptions::within(timeout))
+    }
+
+    /// [`Agent::connect`] with lanes for this connection alone. A living connection over a lane
+    /// that `options` leave out is replaced.
+    ///
+    /// # Errors
+    /// As for [`Agent::connect`].
+    pub fn connect_with(
+        &self,
+        metadata: &Metadata,
+        options: &ConnectOptions,
+    ) -> Result<Peer, ConnectError> {
+        let session = self.core().connect(metadata, options)?;
+        Ok(Peer::connected(self.core(), session))
+    }
+
+    /// Remembers how to reach a peer and returns a handle that connects when it is first used: by
+    /// the first prepare or notify, which then may take as long as `options` allow. After the loss
+    /// of the peer the next use connects again. New metadata of a remembered name takes the place
+    /// of the old.
+    ///
+    /// # Errors
+    /// `peers_max` peers are remembered.
+    pub fn remember(
+        &self,
+        metadata: &Metadata,
+        options: ConnectOptions,
+    ) -> Result<Peer, ConnectError> {
+        self.core().remember(metadata, options)
+    }
+
+    /// Forgets a remembered peer; its connection stays. False when it was not remembered.
+    pub fn forget(&self, name: &str) -> bool {
+        self.core().book.lock().remove(name).is_some()
+    }
+
+    /// A handle of a remembered peer, or of the connection with that name.
+    #[must_use]
+    pub fn peer(&self, name: &str) -> Option<Peer> {
+        self.core().peer(name)
+    }
+
+    /// All peers: remembered ones and connections, each name once, sorted by name. A connection
+    /// that was lost is listed until it is replaced or [disconnected](Peer::disconnect).
+    #[must_use]
+    pub fn peers(&self) -> Vec<Peer> {
+        self.core().peers()
     }
 
     /// Checks and plans an operation on block sets. Regions and windows that this connection has
@@ -236,11 +283,12 @@ impl Agent {
         let session = self
             .core()
             .session_of(peer)
-            .ok_or_else(|| PostError::ForeignPeer {
-                peer: peer.name().to_owned(),
+            .map_err(|trouble| match trouble {
+                NoSession::Foreign(peer) => PostError::ForeignPeer { peer },
+                NoSession::Connect(error) => PostError::Connect(error),
             })?;
         let options = options.notify(payload);
-        crate::op::post(self.core(), session, None, options)
+        crate::op::post(self.core(), &session, None, options)
     }
 
     /// A queue for the ends of up to `capacity` transfers, 1 to 2^24; one for each thread or loop
@@ -291,78 +339,5 @@ impl Agent {
     #[must_use]
     pub fn stats(&self) -> AgentStats {
         self.core().stats()
-    }
-}
-
-/// Which lane a connection uses, and why.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LaneInfo {
-    /// The lane.
-    pub lane: Lane,
-    /// Why this one; names the better lanes that were not possible.
-    pub reason: String,
-}
-
-/// A connection to a peer. Clones share it. It stays lost once it is lost: connect again.
-#[derive(Clone)]
-pub struct Peer {
-    session: Arc<Session>,
-    core: Arc<Core>,
-}
-
-impl fmt::Debug for Peer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Peer")
-            .field("name", &self.name())
-            .field("epoch", &self.epoch())
-            .field("lane", &self.lane().lane)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Peer {
-    /// Name of the peer.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        self.session.peer_name()
-    }
-
-    /// Epoch of the peer.
-    #[must_use]
-    pub fn epoch(&self) -> u64 {
-        self.session.epoch()
-    }
-
-    /// The lane in use, and why.
-    #[must_use]
-    pub fn lane(&self) -> LaneInfo {
-        self.session.lane().clone()
-    }
-
-    /// Counters of this connection.
-    #[must_use]
-    pub fn stats(&self) -> PeerStats {
-        self.session.counters().of_peer()
-    }
-
-    /// Whether operations can be posted.
-    #[must_use]
-    pub fn is_connected(&self) -> bool {
-        self.session.lost().is_none()
-    }
-
-    /// Why the peer is lost, if it is.
-    #[must_use]
-    pub fn lost(&self) -> Option<PeerLost> {
-        self.session.lost()
-    }
-
-    /// Ends the connection; operations in flight fail with [`PeerLost`].
-    pub fn disconnect(&self) {
-        self.core.disconnect(&self.session);
-    }
-
-    pub(crate) fn session(&self, core: &Arc<Core>) -> Option<&Arc<Session>> {
-        Arc::ptr_eq(&self.core, core).then_some(&self.session)
     }
 }

@@ -16,7 +16,7 @@ use crate::error::{LossCause, PeerLost, PostError, TransferError};
 use crate::memory::RegionId;
 use crate::op::TransferState;
 use crate::peer::Metadata;
-use crate::stats::Counters;
+use crate::stats::{Counters, Meter};
 use crate::window::{Acknowledge, Grant, GrantSpec, WindowId};
 
 /// Tells connections apart, in both directions and over all agents of the process.
@@ -55,6 +55,7 @@ pub(crate) struct Session {
     posts_max: usize,
     core_counters: Arc<Counters>,
     counters: Counters,
+    meter: Meter,
     state: Mutex<State>,
     /// Operations whose notification is still to be sent, in the order in which they were posted.
     order: Mutex<VecDeque<Arc<TransferState>>>,
@@ -115,6 +116,7 @@ impl Session {
             posts_max: core.config.posts_max,
             core_counters: core.counters.clone(),
             counters: Counters::default(),
+            meter: Meter::default(),
             state: Mutex::default(),
             order: Mutex::default(),
             regions: Mutex::default(),
@@ -150,6 +152,10 @@ impl Session {
 
     pub(crate) fn lost(&self) -> Option<PeerLost> {
         self.state.lock().lost.clone()
+    }
+
+    pub(crate) const fn meter(&self) -> &Meter {
+        &self.meter
     }
 
     pub(crate) const fn counters(&self) -> &Counters {

@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::check::{check_layout, check_window};
-use super::prepare::Questions;
+use super::prepare::{Questions, session_of};
 use super::request::{Op, RemoteBlocks};
 use crate::agent::{Core, MappedMemory, RemoteMemory, RemoteRegion, Session};
 use crate::error::{MapError, PeerLost, PrepareError, Side};
@@ -131,12 +131,8 @@ pub(crate) fn map_blocks(
     core: &Arc<Core>,
     remote: RemoteBlocks<'_>,
 ) -> Result<MappedBlocks, MapError> {
-    let session = core
-        .session_of(remote.peer)
-        .ok_or_else(|| PrepareError::ForeignPeer {
-            peer: remote.peer.name().to_owned(),
-        })?;
-    let questions = Questions::new(core, session);
+    let session = session_of(core, remote.peer)?;
+    let questions = Questions::new(core, &session);
     let region = questions.region(remote.region)?;
     let not_mapped = |reason: &str| MapError::NotMapped {
         region: region.id,
@@ -159,7 +155,7 @@ pub(crate) fn map_blocks(
         .window
         .map(|window| questions.window(window))
         .transpose()?;
-    check_window(session, &region, &set, Op::Read, grant.as_deref())?;
+    check_window(&session, &region, &set, Op::Read, grant.as_deref())?;
     if let Some(grant) = &grant
         && !grant.usage.begin()
     {

@@ -13,7 +13,7 @@ use super::request::{
 use super::state::TransferState;
 use super::transfer::Transfer;
 use super::work::{Path, SetPair, Work, stripe_sets};
-use crate::agent::{Core, Peer, RemoteMemory, RemoteRegion, Session};
+use crate::agent::{Core, NoSession, Peer, RemoteMemory, RemoteRegion, Session};
 use crate::backend::Refusal;
 use crate::clock::{after, after_instant};
 use crate::error::{PostError, PrepareError, Side};
@@ -21,6 +21,7 @@ use crate::memory::{Region, RegionId, Registration};
 use crate::plan::{
     BlockSet, DescriptorList, DescriptorPair, Order, Table, parts_of, segment_count,
 };
+use crate::stats::CostEstimate;
 use crate::window::{Grant, WindowId};
 
 /// Most pairs of block sets in one operation.
@@ -47,6 +48,15 @@ impl Prepared {
     #[must_use]
     pub fn plan(&self) -> &Plan {
         &self.work.plan
+    }
+
+    /// How long it is going to take, from post to end, as far as this connection has shown.
+    #[must_use]
+    pub fn estimate(&self) -> CostEstimate {
+        let plan = &self.work.plan;
+        self.session
+            .meter()
+            .estimate(plan.op, plan.bytes, plan.lane)
     }
 
     /// Starts the operation.
@@ -119,12 +129,8 @@ pub(crate) fn prepare_blocks(
     local: LocalBlocks<'_>,
     remote: RemoteBlocks<'_>,
 ) -> Result<Prepared, PrepareError> {
-    let session = core
-        .session_of(remote.peer)
-        .ok_or_else(|| PrepareError::ForeignPeer {
-            peer: remote.peer.name().to_owned(),
-        })?;
-    let questions = Questions::new(core, session);
+    let session = session_of(core, remote.peer)?;
+    let questions = Questions::new(core, &session);
     let local_region = own(core, local.registration)?;
     let layout = |side, source| PrepareError::Layout { side, source };
     local
@@ -170,11 +176,7 @@ pub(crate) fn prepare_descriptors(
     peer: &Peer,
     remote: &[RemoteDescriptor],
 ) -> Result<Prepared, PrepareError> {
-    let session = core
-        .session_of(peer)
-        .ok_or_else(|| PrepareError::ForeignPeer {
-            peer: peer.name().to_owned(),
-        })?;
+    let session = session_of(core, peer)?;
     if local.len() != remote.len() {
         return Err(PrepareError::Mismatch {
             what: "number of descriptors",
@@ -182,7 +184,7 @@ pub(crate) fn prepare_descriptors(
             remote: remote.len() as u64,
         });
     }
-    let questions = Questions::new(core, session);
+    let questions = Questions::new(core, &session);
     let mut local_regions: Vec<Arc<Region>> = Vec::new();
     let mut remote_regions: Vec<Arc<RemoteRegion>> = Vec::new();
     let (mut known_local, mut known_remote) = (Table::with_capacity(64), Table::with_capacity(64));
@@ -233,6 +235,13 @@ pub(crate) fn prepare_descriptors(
         order: Order::BlockMajor,
     });
     finish(core, session.clone(), &questions, op, sets, window)
+}
+
+pub(super) fn session_of(core: &Arc<Core>, peer: &Peer) -> Result<Arc<Session>, PrepareError> {
+    core.session_of(peer).map_err(|trouble| match trouble {
+        NoSession::Foreign(peer) => PrepareError::ForeignPeer { peer },
+        NoSession::Connect(error) => PrepareError::Connect(error),
+    })
 }
 
 pub(crate) fn own(

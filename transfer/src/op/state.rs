@@ -358,6 +358,9 @@ impl TransferState {
         for counters in [&self.core.counters, self.session.counters()] {
             counters.finished(lane, op, outcome, bytes, elapsed);
         }
+        if let (Some(op), Ok(())) = (op, outcome) {
+            self.session.meter().record(op, bytes, elapsed);
+        }
         cell.phase = Phase::Finished(outcome.clone());
         self.finished.store(true, Ordering::SeqCst);
         let wakers = std::mem::take(&mut cell.wakers);

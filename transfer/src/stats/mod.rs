@@ -1,5 +1,6 @@
 //! Counters of an agent and of each of its connections. Counting takes no lock.
 
+mod estimate;
 mod histogram;
 
 use std::fmt;
@@ -11,7 +12,10 @@ use crate::config::Lane;
 use crate::error::TransferError;
 use crate::op::Op;
 
+pub use estimate::{CostBasis, CostEstimate};
 pub use histogram::LatencyHistogram;
+
+pub(crate) use estimate::Meter;
 
 use histogram::Recorder;
 
@@ -54,7 +58,7 @@ pub struct AgentStats {
 }
 
 /// Counters of one connection since it was made, and its gauges of this moment.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PeerStats {
     /// Operations that ended well, standalone notifications included.

@@ -13,6 +13,7 @@ mod faults;
 mod meeting;
 mod memory;
 mod observe;
+mod peers;
 mod process;
 mod suite;
 mod support;
@@ -68,4 +69,7 @@ conformance! {
     meeting:
     both_connect_at_once,
     the_lost_do_not_count_as_peers;
+    peers:
+    a_remembered_peer_is_connected_when_it_is_used,
+    estimates_come_from_the_connection;
 }
