@@ -93,6 +93,7 @@ fn an_option_that_makes_no_sense_is_named() {
         ("--scheme one-to-many --measure idle", "--measure"),
         ("--from file:/nowhere", "--from"),
         ("--per-layer", "--model-config"),
+        ("--plot picture.jpg", "--plot"),
         ("--start-count 4 --max-count 2", "--start-count"),
         ("--counts 0", "--counts"),
         ("--case-ms 0", "--case-ms"),
@@ -214,4 +215,48 @@ fn a_model_moves_the_bytes_of_its_cache() {
             assert_eq!(record["case"]["count"], 7);
         }
     }
+}
+
+#[test]
+fn figures_also_go_to_a_file_and_a_picture() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    for picture in ["plot.svg", "plot.png"] {
+        let (result, out) = bench(
+            &format!(
+                "--lanes loopback --measure blocks --block-bytes 4k,64k --counts 2 --csv {} --plot \
+                 {}",
+                path("figures.csv"),
+                path(picture)
+            ),
+            true,
+        );
+        result.expect("all contents are right");
+        let csv = std::fs::read_to_string(path("figures.csv")).expect("written");
+        let mut lines = csv.lines();
+        let names: Vec<&str> = lines.next().expect("names").split(',').collect();
+        let rows: Vec<Vec<&str>> = lines.map(|line| line.split(',').collect()).collect();
+        let records: Vec<Value> = out
+            .lines()
+            .map(|line| serde_json::from_str(line).expect("one object a line"))
+            .collect();
+        assert_eq!(rows.len(), records.len());
+        let column = |name: &str| names.iter().position(|n| *n == name).expect("a column");
+        for (row, record) in rows.iter().zip(&records) {
+            assert_eq!(row.len(), names.len(), "{row:?}");
+            assert_eq!(row[column("metric")], record["metric"]);
+            assert_eq!(row[column("op")], record["case"]["op"]);
+            let value: f64 = row[column("value")].parse().expect("a number");
+            let written = record["value"].as_f64().expect("a number");
+            assert!((value - written).abs() <= written * 1e-9, "{row:?}");
+        }
+    }
+    let svg = std::fs::read_to_string(path("plot.svg")).expect("written");
+    for text in [">write, scattered<", ">read, scattered<", ">loopback x2<"] {
+        assert!(svg.contains(text), "{text}");
+    }
+    // Two directions, each with its limit, and the legend.
+    assert_eq!(svg.matches("stroke-dasharray").count(), 3);
+    let png = std::fs::read(path("plot.png")).expect("written");
+    assert!(png.starts_with(b"\x89PNG\r\n"));
 }

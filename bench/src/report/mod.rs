@@ -1,5 +1,7 @@
 //! Results: one object a line for machines, a table for people.
 
+mod chart;
+mod csv;
 mod stats;
 mod table;
 
@@ -8,6 +10,7 @@ use std::io::{self, Write};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+pub use chart::{Chart, Panel, Series};
 pub use stats::{Histogram, Samples};
 pub use table::Table;
 
@@ -58,6 +61,8 @@ pub struct Record {
 pub struct Report<W> {
     out: W,
     json: bool,
+    /// Figures so far, where they are wanted later.
+    kept: Option<Vec<Record>>,
 }
 
 impl Record {
@@ -138,7 +143,28 @@ impl Report<io::Stdout> {
 impl<W: Write> Report<W> {
     /// Writes to `out`.
     pub const fn new(out: W, json: bool) -> Self {
-        Self { out, json }
+        Self {
+            out,
+            json,
+            kept: None,
+        }
+    }
+
+    /// Keeps all figures from now on for [`Report::kept`] and [`Report::csv`].
+    pub fn keep(&mut self) {
+        self.kept.get_or_insert_default();
+    }
+
+    /// The figures since [`Report::keep`].
+    #[must_use]
+    pub fn kept(&self) -> &[Record] {
+        self.kept.as_deref().unwrap_or_default()
+    }
+
+    /// The kept figures as comma-separated values: a line of names, then one line each.
+    #[must_use]
+    pub fn csv(&self) -> String {
+        csv::text(self.kept())
     }
 
     /// Writes one figure if figures are wanted.
@@ -146,6 +172,9 @@ impl<W: Write> Report<W> {
     /// # Errors
     /// When the output is closed.
     pub fn record(&mut self, record: &Record) -> io::Result<()> {
+        if let Some(kept) = &mut self.kept {
+            kept.push(record.clone());
+        }
         if self.json {
             serde_json::to_writer(&mut self.out, record)?;
             writeln!(self.out)?;

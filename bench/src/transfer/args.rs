@@ -9,6 +9,7 @@ use super::{
     job::Rounds,
     link::Settings,
     model::{Cut, DTypeName, Model, Order},
+    plot::Drawing,
     scheme::{Scheme, Topology},
 };
 
@@ -236,6 +237,12 @@ pub struct TransferArgs {
     /// One JSON object a line instead of tables.
     #[arg(long, help_heading = "Output")]
     pub json: bool,
+    /// Also write all figures to this file as comma-separated values.
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub csv: Option<PathBuf>,
+    /// Also draw bandwidth over block size; the name ends in .svg or .png.
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub plot: Option<PathBuf>,
 }
 
 /// The options as they are used.
@@ -355,6 +362,9 @@ impl TransferArgs {
                 "--from file:{}: initiators have memory; accepted: arena, host",
                 path.display()
             );
+        }
+        if let Some(plot) = &self.plot {
+            Drawing::of(plot)?;
         }
         ensure!(
             !self.counts.is_empty() && self.counts.iter().all(|&count| count > 0),

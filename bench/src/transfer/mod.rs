@@ -18,11 +18,13 @@ mod model;
 mod node;
 mod out;
 mod ping;
+mod plot;
 mod scheme;
 mod setup;
 
-use std::{io::Write, time::Duration};
+use std::{fs, io::Write, time::Duration};
 
+use anyhow::Context;
 use serde_json::json;
 
 use self::{
@@ -59,15 +61,27 @@ pub fn run(args: &TransferArgs) -> anyhow::Result<()> {
 /// As for [`run`].
 pub fn run_to<W: Write>(args: &TransferArgs, report: &mut Report<W>) -> anyhow::Result<()> {
     let effective = args.effective()?;
-    if let Memory::File(path) = &effective.args.to {
-        return file::run(&effective.args, path, report);
+    if args.csv.is_some() || args.plot.is_some() {
+        report.keep();
     }
-    let mut run = Run {
-        cluster: Cluster::start(&effective)?,
-        effective: &effective,
-        report,
-    };
-    run.all()
+    if let Memory::File(path) = &effective.args.to {
+        file::run(&effective.args, path, report)?;
+    } else {
+        let mut run = Run {
+            cluster: Cluster::start(&effective)?,
+            effective: &effective,
+            report,
+        };
+        run.all()?;
+    }
+    if let Some(path) = &args.csv {
+        fs::write(path, report.csv())
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if let Some(path) = &args.plot {
+        plot::write(path, report.kept())?;
+    }
+    Ok(())
 }
 
 /// One run of the benchmark.
@@ -190,8 +204,8 @@ impl<W: Write> Run<'_, W> {
     fn make(&mut self, lane: LaneName) -> anyhow::Result<()> {
         const BLOCKS: u32 = 10_000;
         let effective = self.effective;
-        // The largest block of which so many fit twice.
-        let block_bytes = [4096, 1024, 256, 64]
+        // The largest block of which so many fit with some to spare.
+        let block_bytes = [16384, 4096, 1024, 256, 64]
             .into_iter()
             .find(|&bytes| effective.bytes() >= bytes as usize * BLOCKS as usize * 5 / 4);
         let Some(block_bytes) = block_bytes else {
