@@ -182,7 +182,8 @@ mod wire;
 
 pub use agent::{Agent, LaneInfo, Peer};
 pub use config::{
-    AgentConfig, ArenaConfig, ConnectOptions, FaultConfig, HugePages, Lane, RemoteAccess,
+    AgentConfig, ArenaConfig, ConnectOptions, FaultConfig, HugePages, Lane, Pem, RemoteAccess,
+    TlsConfig, TlsPeerName,
 };
 pub use error::{
     AgentError, AgentStopped, ConnectError, LossCause, MapError, MetadataError, PeerLost,

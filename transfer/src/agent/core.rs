@@ -17,7 +17,7 @@ use crate::peer::{Addresses, Metadata, RegionInfo};
 use crate::stats::{AgentStats, Counters};
 use crate::storage::Storage;
 use crate::window::{OpenWindow, Scope, Window, WindowAccess, WindowId, WindowScope};
-use crate::wire::{Incoming, Listeners, Reactors};
+use crate::wire::{Incoming, Listeners, Reactors, TlsContext};
 
 pub(crate) struct Core {
     pub(crate) name: Arc<str>,
@@ -40,6 +40,7 @@ pub(crate) struct Core {
     stopped: AtomicBool,
     addresses: Addresses,
     pub(crate) reactors: Arc<Reactors>,
+    pub(crate) tls: Option<TlsContext>,
     /// Connections that peers made to this agent, by nonce.
     incoming: Mutex<HashMap<u64, Weak<Incoming>>>,
 }
@@ -68,6 +69,7 @@ impl Core {
             what: what.to_owned(),
             source,
         };
+        let tls = config.tls.as_ref().map(TlsContext::new).transpose()?;
         let epoch = random_u64().map_err(|e| io("get random bytes", e))?;
         let listeners = Listeners::bind(&config, epoch)?;
         let notifications = NotificationQueue::new(config.notifications_max, config.peers_max)
@@ -100,6 +102,7 @@ impl Core {
             stopped: AtomicBool::new(false),
             addresses: listeners.addresses.clone(),
             reactors: reactors.clone(),
+            tls,
             incoming: Mutex::default(),
             config,
         });

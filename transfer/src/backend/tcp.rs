@@ -9,7 +9,8 @@ use super::{LaneFailure, Opened, greeting, time_left};
 use crate::agent::Core;
 use crate::peer::Metadata;
 use crate::wire::{
-    ConnectedWire, HandshakeFailure, HelloRole, Socket, WireClient, greet, tune, tune_data,
+    ConnectedWire, HandshakeFailure, Hello, HelloRole, Socket, Welcome, WireClient, greet, tune,
+    tune_data,
 };
 
 pub(super) fn open(
@@ -22,22 +23,20 @@ pub(super) fn open(
         .tcp
         .as_deref()
         .ok_or_else(|| LaneFailure::unusable("the peer does not listen on TCP"))?;
-    let mut control = connect(core, address, until)?;
     let hello = greeting(core, metadata, HelloRole::Control);
-    let welcome = greet(&mut control, &hello)?;
+    let (control, welcome) = enter(core, address, &hello, until)?;
     let mut data = Vec::with_capacity(core.config.tcp_streams);
     for _ in 0..core.config.tcp_streams {
-        let mut stream = connect(core, address, until)?;
-        tune_data(stream.as_fd(), &core.config).map_err(HandshakeFailure::Io)?;
         let role = HelloRole::Data {
             nonce: welcome.nonce,
         };
-        greet(&mut stream, &greeting(core, metadata, role))?;
-        data.push(Socket::new(stream.into()).map_err(HandshakeFailure::Io)?);
+        let hello = greeting(core, metadata, role);
+        data.push(enter(core, address, &hello, until)?.0);
     }
     let streams = data.len();
+    let secure = if control.is_secure() { " with TLS" } else { "" };
     let wire = ConnectedWire {
-        control: Socket::new(control.into()).map_err(HandshakeFailure::Io)?,
+        control,
         data,
         peer_loss_timeout: welcome.loss_timeout,
         process: None,
@@ -45,7 +44,32 @@ pub(super) fn open(
         notifications: None,
     };
     let client = WireClient::new(core, &core.reactors, wire);
-    Ok((client, format!("TCP to {address}"), streams))
+    Ok((client, format!("TCP to {address}{secure}"), streams))
+}
+
+/// Connects and says hello.
+fn enter(
+    core: &Core,
+    address: &str,
+    hello: &Hello,
+    until: Instant,
+) -> Result<(Socket, Welcome), LaneFailure> {
+    let mut stream = connect(core, address, until)?;
+    if matches!(hello.role, HelloRole::Data { .. }) {
+        tune_data(stream.as_fd(), &core.config).map_err(HandshakeFailure::Io)?;
+    }
+    let (welcome, session) = match &core.tls {
+        None => (greet(&mut stream, hello)?, None),
+        Some(tls) => {
+            let (welcome, session) = tls.greet(&mut stream, address, hello)?;
+            (welcome, Some(session))
+        }
+    };
+    let socket = Socket::new(stream.into()).map_err(HandshakeFailure::Io)?;
+    if let Some(session) = session {
+        socket.secure(session);
+    }
+    Ok((socket, welcome))
 }
 
 fn connect(core: &Core, address: &str, until: Instant) -> Result<TcpStream, LaneFailure> {

@@ -105,6 +105,11 @@ impl Tx {
         let Some(socket) = self.socket.clone() else {
             return;
         };
+        if let Err(error) = socket.flush() {
+            tracing::debug!(%error, "cannot send");
+            self.close();
+            return;
+        }
         while let Some(front) = self.queue.front_mut() {
             let file = front.file.as_ref().map(AsFd::as_fd);
             match socket.send_bytes(&front.bytes[front.sent..], file) {

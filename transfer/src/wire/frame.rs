@@ -167,6 +167,8 @@ pub(crate) enum Code {
     Aborted = 9,
     Stale = 10,
     Unsupported = 11,
+    TlsRequired = 12,
+    NoTls = 13,
 }
 
 impl Code {
@@ -184,6 +186,8 @@ impl Code {
             9 => Self::Aborted,
             10 => Self::Stale,
             11 => Self::Unsupported,
+            12 => Self::TlsRequired,
+            13 => Self::NoTls,
             _ => return None,
         })
     }
@@ -200,7 +204,11 @@ impl Code {
             Self::QueueFull => Rejection::NotificationQueueFull,
             Self::TooLarge => Rejection::NotificationTooLarge,
             Self::UnknownRegion => Rejection::UnknownRegion,
-            Self::AccessDenied | Self::Stale | Self::Unsupported => Rejection::AccessDenied,
+            Self::AccessDenied
+            | Self::Stale
+            | Self::Unsupported
+            | Self::TlsRequired
+            | Self::NoTls => Rejection::AccessDenied,
             Self::OutOfBounds => Rejection::OutOfBounds,
             Self::Busy => Rejection::Busy,
             Self::Stopping => Rejection::Stopping,

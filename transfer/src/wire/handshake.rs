@@ -44,6 +44,17 @@ pub(crate) struct Welcome {
 pub(crate) enum HandshakeFailure {
     #[error("another life of the agent answers")]
     Stale,
+    #[error(
+        "the peer requires TLS and this agent has none: set `AgentConfig::tls` at both or at none"
+    )]
+    TlsRequired,
+    #[error(
+        "the peer answers in plaintext and this agent requires TLS: set `AgentConfig::tls` at both \
+         or at none"
+    )]
+    PlaintextPeer,
+    #[error("TLS: {0}")]
+    Tls(String),
     #[error("the agent refused: {0:?}")]
     Refused(Code),
     #[error("{0}")]
@@ -161,6 +172,7 @@ pub(crate) fn greet(
         (Kind::Refuse, Some(Code::Stale)) if hello.role == HelloRole::Control => {
             Err(HandshakeFailure::Stale)
         }
+        (Kind::Refuse, Some(Code::TlsRequired)) => Err(HandshakeFailure::TlsRequired),
         (Kind::Refuse, Some(code)) => Err(HandshakeFailure::Refused(code)),
         _ => Err(HandshakeFailure::Malformed),
     }

@@ -19,6 +19,7 @@ use super::handshake::{HELLO_BYTES_MAX, Hello, HelloRole, Welcome};
 use super::incoming::{Incoming, IncomingControl};
 use super::reactor::{Event, Flow, Reactors, Source};
 use super::socket::Socket;
+use super::tls::TLS_FIRST_BYTE;
 use super::tuning::{tune, tune_data};
 use super::watch::{ProcessWatch, process_of};
 use crate::agent::{Core, random_u64};
@@ -215,6 +216,7 @@ impl Listener {
             core: self.core.clone(),
             reactors: self.reactors.clone(),
             frame: Vec::new(),
+            known: unix,
             _slot: slot,
         };
         let at = self.reactors.place_control();
@@ -274,10 +276,32 @@ struct Guest {
     core: Weak<Core>,
     reactors: Arc<Reactors>,
     frame: Vec<u8>,
+    /// It is clear whether it speaks TLS.
+    known: bool,
     _slot: Slot,
 }
 
 impl Guest {
+    /// Looks at the first byte of a TCP connection; what to refuse it with if that is not what this
+    /// agent speaks. `None` when nothing has arrived.
+    fn meet(&mut self) -> io::Result<Option<Result<(), Code>>> {
+        let Some(first) = self.socket.first_byte()? else {
+            return Ok(None);
+        };
+        self.known = true;
+        let core = self.core.upgrade();
+        let tls = core.as_ref().and_then(|core| core.tls.as_ref());
+        Ok(Some(match (tls, first == TLS_FIRST_BYTE) {
+            (None, false) => Ok(()),
+            (None, true) => Err(Code::NoTls),
+            (Some(_), false) => Err(Code::TlsRequired),
+            (Some(tls), true) => {
+                self.socket.secure(tls.accept()?);
+                Ok(())
+            }
+        }))
+    }
+
     /// Reads up to the end of the hello, never beyond it; `Ok(true)` when it is complete.
     fn read(&mut self) -> io::Result<bool> {
         loop {
@@ -308,6 +332,13 @@ impl Guest {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Reads what has arrived: closing over unread bytes would take the answer along.
+    fn swallow(&self) {
+        let (mut bytes, mut files) = ([0; 2048], VecDeque::new());
+        let read = self.socket.recv_bytes(&mut bytes, &mut files);
+        tracing::trace!(?read, "bytes thrown away");
     }
 
     fn refuse(&self, code: Code) -> Flow {
@@ -414,6 +445,18 @@ impl Source for Guest {
     }
 
     fn ready(&mut self, _event: Event) -> Flow {
+        if !self.known {
+            match self.meet() {
+                Ok(Some(Ok(()))) => {}
+                Ok(Some(Err(code))) => {
+                    tracing::info!(?code, "a connection is refused");
+                    self.swallow();
+                    return self.refuse(code);
+                }
+                Ok(None) => return Flow::Keep,
+                Err(_) => return Flow::Drop,
+            }
+        }
         match self.read() {
             Ok(true) => self.enter(),
             Ok(false) => Flow::Keep,

@@ -16,15 +16,17 @@ mod incoming;
 mod listen;
 mod reactor;
 mod socket;
+mod tls;
 mod tuning;
 mod watch;
 
 pub(crate) use channel::NotificationChannel;
 pub(crate) use client::{ConnectedWire, WireClient};
-pub(crate) use handshake::{HandshakeFailure, Hello, HelloRole, greet};
+pub(crate) use handshake::{HandshakeFailure, Hello, HelloRole, Welcome, greet};
 pub(crate) use incoming::Incoming;
 pub(crate) use listen::Listeners;
 pub(crate) use reactor::{Reactors, Wanted};
 pub(crate) use socket::Socket;
+pub(crate) use tls::TlsContext;
 pub(crate) use tuning::{tune, tune_data};
 pub(crate) use watch::process_of;

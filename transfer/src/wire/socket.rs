@@ -7,6 +7,12 @@ use std::collections::VecDeque;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
+
+use parking_lot::Mutex;
+use rustix::net::RecvFlags;
+
+use super::tls::TlsSession;
 
 /// Pieces per system call.
 pub(crate) const IOVECS_MAX: usize = 512;
@@ -16,6 +22,8 @@ const FILES_MAX: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Socket {
     fd: OwnedFd,
+    /// Set before anything else is done with the socket, or never.
+    tls: OnceLock<Mutex<TlsSession>>,
 }
 
 impl AsFd for Socket {
@@ -36,7 +44,7 @@ unsafe impl Send for Pieces {}
 impl Pieces {
     pub(crate) fn new() -> Self {
         Self {
-            list: Vec::with_capacity(IOVECS_MAX),
+            list: Vec::new(),
             bytes: 0,
         }
     }
@@ -61,13 +69,56 @@ impl Pieces {
     pub(crate) const fn bytes(&self) -> usize {
         self.bytes
     }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (*mut u8, usize)> {
+        let piece = |piece: &libc::iovec| (piece.iov_base.cast::<u8>(), piece.iov_len);
+        self.list.iter().map(piece)
+    }
 }
 
 impl Socket {
     /// Takes a connected socket and makes it non-blocking.
     pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&fd, true)?;
-        Ok(Self { fd })
+        Ok(Self {
+            fd,
+            tls: OnceLock::new(),
+        })
+    }
+
+    /// From now on everything goes through `session`.
+    pub(crate) fn secure(&self, session: TlsSession) {
+        let set = self.tls.set(Mutex::new(session));
+        debug_assert!(set.is_ok(), "a socket is secured once");
+    }
+
+    pub(crate) fn is_secure(&self) -> bool {
+        self.tls.get().is_some()
+    }
+
+    /// The first byte that the peer has sent, left where it is; `None` when there is none yet.
+    pub(crate) fn first_byte(&self) -> io::Result<Option<u8>> {
+        let mut byte = [0];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match rustix::net::recv(&self.fd, &mut byte, flags) {
+            Ok((0, _)) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => Ok(Some(byte[0])),
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Sends what a secure socket has taken and kept; false when the kernel's buffer is full.
+    pub(crate) fn flush(&self) -> io::Result<bool> {
+        match self.tls.get() {
+            None => Ok(true),
+            Some(tls) => tls.lock().flush(self.fd.as_fd()),
+        }
+    }
+
+    /// A secure socket has taken bytes that it could not send yet.
+    pub(crate) fn unsent(&self) -> bool {
+        self.tls.get().is_some_and(|tls| tls.lock().unsent())
     }
 
     /// Sends from raw memory.
@@ -75,6 +126,10 @@ impl Socket {
     /// # Safety
     /// Every piece is mapped readable during the call.
     pub(crate) unsafe fn send(&self, pieces: &mut Pieces) -> io::Result<usize> {
+        if let Some(tls) = self.tls.get() {
+            // SAFETY: by the contract of this function.
+            return unsafe { tls.lock().send(self.fd.as_fd(), pieces) };
+        }
         let mut message = message(&mut pieces.list);
         // SAFETY: `message` points at the list, which points at readable memory (caller).
         unsafe { send_message(self.fd.as_raw_fd(), &mut message) }
@@ -85,17 +140,28 @@ impl Socket {
     /// # Safety
     /// Every piece is mapped writable during the call, and nothing holds a reference into it.
     pub(crate) unsafe fn recv(&self, pieces: &mut Pieces) -> io::Result<usize> {
+        if let Some(tls) = self.tls.get() {
+            // SAFETY: by the contract of this function.
+            return unsafe { tls.lock().recv(self.fd.as_fd(), pieces) };
+        }
         let mut message = message(&mut pieces.list);
         // SAFETY: `message` points at the list, which points at writable memory (caller).
         unsafe { recv_message(self.fd.as_raw_fd(), &mut message) }
     }
 
-    /// Sends bytes of this process, with a descriptor on the first of them.
+    /// Sends bytes of this process, with a descriptor on the first of them (not on secure sockets,
+    /// which are not Unix sockets).
     pub(crate) fn send_bytes(
         &self,
         bytes: &[u8],
         file: Option<BorrowedFd<'_>>,
     ) -> io::Result<usize> {
+        if self.is_secure() {
+            let mut pieces = Pieces::new();
+            pieces.push(bytes.as_ptr().cast_mut(), bytes.len());
+            // SAFETY: the piece is `bytes`, borrowed and only read.
+            return unsafe { self.send(&mut pieces) };
+        }
         let mut list = [libc::iovec {
             iov_base: bytes.as_ptr().cast_mut().cast(),
             iov_len: bytes.len(),
@@ -120,6 +186,12 @@ impl Socket {
         into: &mut [u8],
         files: &mut VecDeque<OwnedFd>,
     ) -> io::Result<usize> {
+        if self.is_secure() {
+            let mut pieces = Pieces::new();
+            pieces.push(into.as_mut_ptr(), into.len());
+            // SAFETY: the piece is `into`, exclusively borrowed.
+            return unsafe { self.recv(&mut pieces) };
+        }
         let mut list = [libc::iovec {
             iov_base: into.as_mut_ptr().cast(),
             iov_len: into.len(),

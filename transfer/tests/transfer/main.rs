@@ -17,6 +17,7 @@ mod peers;
 mod process;
 mod suite;
 mod support;
+mod tls;
 
 use blockplane_transfer::Lane;
 
@@ -32,6 +33,9 @@ macro_rules! conformance {
         )*)* }
         mod tcp { $($(
             #[test] fn $name() { crate::$part::$name(&crate::Setup::new(crate::Lane::Tcp)); }
+        )*)* }
+        mod tcp_with_tls { $($(
+            #[test] fn $name() { crate::$part::$name(&crate::Setup::with_tls()); }
         )*)* }
     };
 }

@@ -11,8 +11,10 @@ use std::time::Duration;
 use blockplane_transfer::{
     Agent, AgentConfig, ArenaConfig, BlockLayout, FaultConfig, Lane, LocalBlocks, Op, Peer,
     PostOptions, PrepareError, Prepared, RegionId, Registration, RemoteAccess, RemoteBlocks,
-    WindowId,
+    TlsConfig, WindowId,
 };
+
+use crate::tls::Authority;
 
 /// Longer than anything takes on a busy machine; a test that gets here has failed.
 pub(crate) const WAIT: Duration = Duration::from_secs(20);
@@ -29,11 +31,25 @@ pub(crate) struct Pair {
 pub(crate) struct Setup {
     pub(crate) lane: Lane,
     pub(crate) faults: Option<FaultConfig>,
+    pub(crate) tls: Option<TlsConfig>,
 }
 
 impl Setup {
     pub(crate) fn new(lane: Lane) -> Self {
-        Self { lane, faults: None }
+        Self {
+            lane,
+            faults: None,
+            tls: None,
+        }
+    }
+
+    /// TCP with certificates of an authority of its own.
+    pub(crate) fn with_tls() -> Self {
+        let tls = Some(Authority::new().local());
+        Self {
+            tls,
+            ..Self::new(Lane::Tcp)
+        }
     }
 
     pub(crate) fn config(&self, name: &str) -> AgentConfig {
@@ -47,6 +63,7 @@ impl Setup {
         // The suite loads the machine; only tests that are about silence shorten this.
         config.peer_loss_timeout = Duration::from_secs(10);
         config.faults = self.faults.clone();
+        config.tls = self.tls.clone();
         config
     }
 

@@ -13,6 +13,14 @@ use crate::error::LossCause;
 impl DataStream {
     pub(super) fn transmit(&mut self, bytes_max: usize) -> Result<Turn, LossCause> {
         let mut bytes = 0;
+        match self.socket.flush() {
+            Ok(true) => {}
+            Ok(false) => {
+                self.writable = false;
+                return Ok(Turn::WouldBlock);
+            }
+            Err(error) => return Err(LossCause::Broken(error.to_string())),
+        }
         loop {
             self.tx.place_answers();
             if self.tx.queue.is_empty() {
@@ -40,7 +48,7 @@ impl DataStream {
                 Ok(count) => {
                     bytes += count;
                     self.book(count as u64);
-                    if count < asked {
+                    if count < asked || self.socket.unsent() {
                         // Full: the kernel tells when it is not any more.
                         self.writable = false;
                         return Ok(Turn::WouldBlock);
