@@ -16,7 +16,7 @@ use tracing::Span;
 
 use super::completion::{Completion, CompletionQueue};
 use super::gate::Gate;
-use super::request::PostOptions;
+use super::request::{Op, PostOptions};
 use super::telemetry::{Stopwatch, TransferTelemetry};
 use super::work::{Path, Work};
 use crate::agent::{Core, Session, TimerKey};
@@ -278,6 +278,12 @@ impl TransferState {
         match cell.phase {
             Phase::Moving => {
                 if cell.verdict.is_some() {
+                    // Called off, and the peer is lost before it has said that it places no more:
+                    // only the loss says that more may land there.
+                    let lost = matches!(error, TransferError::PeerLost(_));
+                    if lost && self.peer_places() {
+                        cell.verdict = Some(error);
+                    }
                     return;
                 }
                 cell.verdict = Some(error);
@@ -296,6 +302,13 @@ impl TransferState {
             }
             Phase::Finished(_) => {}
         }
+    }
+
+    /// Whether the peer's own threads place the bytes.
+    fn peer_places(&self) -> bool {
+        self.work
+            .as_ref()
+            .is_some_and(|work| work.op == Op::Write && matches!(work.path, Path::Stream { .. }))
     }
 
     /// The peer's answer to the notification.

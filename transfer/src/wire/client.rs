@@ -280,7 +280,12 @@ impl WireClient {
         }
         let open = std::mem::take(&mut parts.open);
         drop(parts);
+        let lost = self.session().and_then(|session| session.lost());
         for part in open.into_values() {
+            // Whoever notices the loss first may not have told every operation yet.
+            if let Some(lost) = &lost {
+                part.transfer.stop(TransferError::PeerLost(lost.clone()));
+            }
             part.transfer.part_done();
         }
     }

@@ -375,6 +375,51 @@ fn a_question_ends_with_the_connection(lane: Lane) {
     });
 }
 
+/// A WRITE is called off, and the connection ends before the stopped peer has said that it places
+/// no more bytes. What is in its sockets lands when it goes on: nobody may be told that it is quiet.
+#[test]
+fn called_off_and_lost_is_lost() {
+    let lane = Lane::Tcp;
+    let mut config = config("me", lane);
+    config.peer_loss_timeout = Duration::from_secs(60);
+    let agent = Agent::new(config).unwrap();
+    let local = arena(&agent, BLOCK * u64::from(BLOCKS));
+    let side = Blocks {
+        ids: scattered(BLOCKS, BLOCKS, 1),
+        ..Blocks::flat(BLOCKS, BLOCK, &[])
+    };
+    for late in [false, true] {
+        let other = Other::start(lane);
+        let peer = agent.connect(&other.metadata, WAIT).unwrap();
+        let remote = side.remote(&peer, other.region, None);
+        let prepared = agent
+            .prepare(Op::Write, side.local(&local), remote)
+            .unwrap();
+        other.signal(rustix::process::Signal::STOP);
+        let deadline = if late {
+            Duration::from_millis(20)
+        } else {
+            WAIT * 2
+        };
+        let transfer = prepared.post(PostOptions::within(deadline)).unwrap();
+        if late {
+            // More than the sockets take: it cannot end before the connection does.
+            let waiting = transfer.wait(deadline * 3);
+            assert!(
+                matches!(waiting, Err(TransferError::StillInFlight { .. })),
+                "{waiting:?}"
+            );
+        } else {
+            transfer.request_cancel();
+        }
+        peer.disconnect();
+        match transfer.wait(WAIT) {
+            Err(TransferError::PeerLost(lost)) => assert_eq!(lost.cause, LossCause::Disconnected),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
 /// The target's side: the process that writes into its window is stopped, then killed.
 fn writer_stopped_and_killed(lane: Lane) {
     let agent = Agent::new(config("me", lane)).unwrap();
