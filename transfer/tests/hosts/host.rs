@@ -165,7 +165,6 @@ pub(crate) fn run() {
             ["lose", op] => {
                 let (peer, metadata) = connected.as_ref().unwrap();
                 let op = if op == "write" { Op::Write } else { Op::Read };
-                say("moving");
                 lose(agent.as_ref().unwrap(), peer, metadata, op)
             }
             ["peers"] => agent.as_ref().unwrap().stats().peers.to_string(),
@@ -260,6 +259,7 @@ fn lose(agent: &Agent, peer: &Peer, metadata: &Metadata, op: Op) -> String {
         };
         agent.prepare(op, local, remote).unwrap()
     };
+    say("moving");
     let lost = loop {
         match prepared
             .post(PostOptions::within(WAIT * 2))
