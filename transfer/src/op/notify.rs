@@ -71,9 +71,14 @@ struct Ring {
     from: Arc<str>,
     epoch: u64,
     reader: Reader,
+    /// How often it was found empty since it had something.
+    empty: u32,
     /// The connection is gone; what it has brought is still delivered.
     ended: bool,
 }
+
+/// A ring that was found empty so often is not looked at until it has something again.
+const EMPTY_MAX: u32 = 256;
 
 impl fmt::Debug for NotificationQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -155,6 +160,7 @@ impl NotificationQueue {
             from,
             epoch,
             reader,
+            empty: 0,
             ended: false,
         });
         self.open_rings.fetch_add(1, Ordering::Relaxed);
@@ -215,27 +221,44 @@ impl NotificationQueue {
         if let Some(next) = state.queue.pop_front() {
             return Ok(Some(next));
         }
-        while let Some(index) = self.bell.next_ready(state.turn) {
-            // Cleared before the ring is read: what comes later sets it again.
-            self.bell.clear(index);
-            state.turn = index + 1;
-            let Some(Some(ring)) = state.rings.get_mut(index) else {
-                continue;
-            };
-            let next = ring.next();
-            if ring.reader.has_more() {
-                self.bell.set(index);
-            } else if ring.ended {
-                self.free_ring(state, index);
-            }
-            if next.is_some() {
-                return Ok(next);
+        // Every ring once, beginning behind the one that was served last.
+        for range in [state.turn..state.rings.len(), 0..state.turn] {
+            let mut at = range.start;
+            while let Some(index) = self.bell.next_ready(at..range.end) {
+                at = index + 1;
+                if let Some(next) = self.next_of(state, index) {
+                    state.turn = index + 1;
+                    return Ok(Some(next));
+                }
             }
         }
         if state.stopped {
             return Err(AgentStopped);
         }
         Ok(None)
+    }
+
+    /// The next notification of one ring.
+    fn next_of(&self, state: &mut QueueState, index: usize) -> Option<Notification> {
+        let Some(Some(ring)) = state.rings.get_mut(index) else {
+            self.bell.clear(index);
+            return None;
+        };
+        if let Some(next) = ring.next() {
+            ring.empty = 0;
+            return Some(next);
+        }
+        ring.empty += 1;
+        if ring.ended {
+            self.free_ring(state, index);
+        } else if ring.empty >= EMPTY_MAX {
+            ring.empty = 0;
+            self.bell.clear(index);
+            if ring.reader.has_more() {
+                self.bell.set(index);
+            }
+        }
+        None
     }
 }
 

@@ -1,6 +1,7 @@
 //! The bell of an agent: which rings have something, and how to wake who waits for it.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,6 +19,10 @@ const AT_READY: usize = 64;
 /// Whoever waits announces itself, looks once more, and sleeps unless the bell has rung meanwhile.
 /// Whoever brings something makes it visible first and then looks for sleepers. Both sides put a
 /// full barrier between their store and their load, so that one of them sees the other.
+///
+/// The bit of a ring works the same way: a receiver clears it and looks at the ring once more; a
+/// sender writes its record and sets the bit unless it is set. A bit may stay set while its ring is
+/// empty, which spares two processes that talk to each other the fight over its cache line.
 #[derive(Clone, Copy, Debug)]
 struct Words<'a> {
     bell: &'a AtomicU32,
@@ -50,9 +55,8 @@ impl Words<'_> {
         fence(Ordering::SeqCst);
     }
 
-    /// Something was made visible.
+    /// Something was made visible, and a full barrier followed.
     fn ring(&self) -> Call {
-        fence(Ordering::SeqCst);
         let wake = self.parked.load(Ordering::SeqCst) != 0;
         if wake {
             self.bell.fetch_add(1, Ordering::SeqCst);
@@ -94,6 +98,12 @@ impl Mapped {
         unsafe { &*word.cast::<AtomicU64>() }
     }
 
+    /// Something was made visible in this process: whether somebody sleeps.
+    fn ring_local(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.words().ring().wake
+    }
+
     /// Wakes `sleepers` receivers.
     fn wake(&self, sleepers: u32) {
         // It fails only for an address that is not mapped.
@@ -131,27 +141,26 @@ impl Bell {
         &self.file
     }
 
-    /// The next ring at or after `from` that says it has something.
-    pub(crate) fn next_ready(&self, from: usize) -> Option<usize> {
-        let words = self.mapped.words;
-        let first = from / 64;
-        for turn in 0..=words {
-            let word = (first + turn) % words;
+    /// The first of these rings that says it has something.
+    pub(crate) fn next_ready(&self, rings: Range<usize>) -> Option<usize> {
+        for word in rings.start / 64..rings.end.div_ceil(64) {
             let mut bits = self.mapped.ready(word).load(Ordering::Acquire);
-            if turn == 0 {
-                bits &= u64::MAX << (from % 64);
+            if word == rings.start / 64 {
+                bits &= u64::MAX << (rings.start % 64);
             }
             if bits != 0 {
-                return Some(word * 64 + bits.trailing_zeros() as usize);
+                let ring = word * 64 + bits.trailing_zeros() as usize;
+                return (ring < rings.end).then_some(ring);
             }
         }
         None
     }
 
-    /// The ring is going to be looked at.
+    /// The ring is empty, as it seems: look at it once more after this.
     pub(crate) fn clear(&self, ring: usize) {
         let word = self.mapped.ready(ring / 64);
         word.fetch_and(!(1 << (ring % 64)), Ordering::SeqCst);
+        fence(Ordering::SeqCst);
     }
 
     /// The ring has more.
@@ -162,14 +171,14 @@ impl Bell {
 
     /// Wakes one receiver of this process if one sleeps: something is in the local queue.
     pub(crate) fn ring_local(&self) {
-        if self.mapped.words().ring().wake {
+        if self.mapped.ring_local() {
             self.mapped.wake(1);
         }
     }
 
     /// Wakes all receivers.
     pub(crate) fn ring_all(&self) {
-        if self.mapped.words().ring().wake {
+        if self.mapped.ring_local() {
             self.mapped.wake(i32::MAX.unsigned_abs());
         }
     }
@@ -242,8 +251,11 @@ impl RemoteBell {
 
     /// Our ring has something. True when the peer wants to be told through the connection too.
     pub(crate) fn ring(&self) -> bool {
-        let word = self.mapped.ready(self.ring / 64);
-        word.fetch_or(1 << (self.ring % 64), Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        let (word, bit) = (self.mapped.ready(self.ring / 64), 1 << (self.ring % 64));
+        if word.load(Ordering::SeqCst) & bit == 0 {
+            word.fetch_or(bit, Ordering::SeqCst);
+        }
         let call = self.mapped.words().ring();
         if call.wake {
             self.mapped.wake(1);
@@ -261,18 +273,18 @@ mod tests {
     #[test]
     fn rings_take_turns() {
         let bell = Bell::new(200).unwrap();
-        assert_eq!(bell.next_ready(0), None);
+        assert_eq!(bell.next_ready(0..200), None);
         for ring in [3, 70, 199] {
             bell.set(ring);
         }
-        assert_eq!(bell.next_ready(0), Some(3));
-        assert_eq!(bell.next_ready(4), Some(70));
-        assert_eq!(bell.next_ready(71), Some(199));
+        assert_eq!(bell.next_ready(0..200), Some(3));
+        assert_eq!(bell.next_ready(4..200), Some(70));
+        assert_eq!(bell.next_ready(71..200), Some(199));
+        assert_eq!(bell.next_ready(71..199), None);
+        assert_eq!(bell.next_ready(4..70), None);
+        assert_eq!(bell.next_ready(200..200), None);
         bell.clear(199);
-        assert_eq!(bell.next_ready(71), Some(3), "around the end");
-        bell.clear(3);
-        bell.clear(70);
-        assert_eq!(bell.next_ready(71), None);
+        assert_eq!(bell.next_ready(71..200), None);
     }
 
     #[test]
@@ -334,7 +346,8 @@ mod loom_tests {
             let sender = {
                 let shared = shared.clone();
                 thread::spawn(move || {
-                    shared.ready.fetch_or(1, Ordering::SeqCst);
+                    shared.ready.store(1, Ordering::Release);
+                    fence(Ordering::SeqCst);
                     shared.words().ring()
                 })
             };
@@ -354,7 +367,8 @@ mod loom_tests {
             let sender = {
                 let shared = shared.clone();
                 thread::spawn(move || {
-                    shared.ready.fetch_or(1, Ordering::SeqCst);
+                    shared.ready.store(1, Ordering::Release);
+                    fence(Ordering::SeqCst);
                     shared.words().ring()
                 })
             };
@@ -362,6 +376,34 @@ mod loom_tests {
             let found = shared.ready.load(Ordering::SeqCst) != 0;
             let call = sender.join().unwrap();
             assert!(found || call.alarm, "waits, and nobody tells it");
+        });
+    }
+
+    /// The record and the bit of its ring: a sender that finds the bit set leaves it, a receiver
+    /// that finds the ring empty clears it. A record without its bit is never seen.
+    #[test]
+    fn loom_no_record_is_left_without_its_bit() {
+        loom::model(|| {
+            let head = Arc::new(AtomicU64::new(0));
+            let ready = Arc::new(AtomicU64::new(1));
+            let sender = {
+                let (head, ready) = (head.clone(), ready.clone());
+                thread::spawn(move || {
+                    head.store(1, Ordering::Release);
+                    fence(Ordering::SeqCst);
+                    if ready.load(Ordering::SeqCst) & 1 == 0 {
+                        ready.fetch_or(1, Ordering::SeqCst);
+                    }
+                })
+            };
+            let mut found = head.load(Ordering::Acquire) != 0;
+            if !found {
+                ready.fetch_and(!1, Ordering::SeqCst);
+                fence(Ordering::SeqCst);
+                found = head.load(Ordering::Acquire) != 0;
+            }
+            sender.join().unwrap();
+            assert!(found || ready.load(Ordering::SeqCst) & 1 != 0);
         });
     }
 }

@@ -215,6 +215,10 @@ struct Sent {
     head: u64,
     messages: u64,
     refused: u64,
+    /// What the reader has taken, as far as we have looked. Looking costs a cache miss.
+    taken: u64,
+    /// Bytes behind `head` that are known to be free.
+    room: u64,
 }
 
 impl Writer {
@@ -258,10 +262,14 @@ impl Writer {
         let len = u32::try_from(len).map_err(|_| SendError::TooLarge)?;
         let positions = self.shared.positions();
         let mut sent = self.state.lock();
-        let taken = self.shared.word(AT_TAKEN).load(Ordering::Acquire);
-        if sent.messages.wrapping_sub(taken) >= self.shared.messages_max
-            || positions.room(sent.head) < whole
-        {
+        let full = |sent: &Sent| {
+            sent.messages.wrapping_sub(sent.taken) >= self.shared.messages_max || sent.room < whole
+        };
+        if full(&sent) {
+            sent.taken = self.shared.word(AT_TAKEN).load(Ordering::Acquire);
+            sent.room = positions.room(sent.head);
+        }
+        if full(&sent) {
             sent.refused += 1;
             self.shared
                 .word(AT_REFUSED)
@@ -272,6 +280,7 @@ impl Writer {
         self.shared.copy_in(sent.head, &header);
         self.shared.copy_in(sent.head + RECORD_HEADER, payload);
         sent.head += whole;
+        sent.room -= whole;
         sent.messages += 1;
         self.shared
             .word(AT_SENT)
@@ -339,6 +348,7 @@ mod tests {
         }
         writer.send(b"x").unwrap();
         assert_eq!(reader.pop(), Ok(Some(b"x".to_vec())));
+        let (_reader, writer) = pair(3, 100);
         // A reader that claims to be ahead of its writer gets nothing more.
         writer
             .shared
