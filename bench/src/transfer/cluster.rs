@@ -154,6 +154,14 @@ impl Cluster {
         Ok((first, reason.unwrap_or_default()))
     }
 
+    /// Asks the first target how to reach it.
+    pub(super) fn describe(&mut self) -> anyhow::Result<Address> {
+        match self.targets[0].ask(Command::Describe)? {
+            Reply::Started { address } => Ok(address),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     /// Stops all agents.
     pub(super) fn close(&mut self) -> anyhow::Result<()> {
         for link in self.initiators.iter_mut().chain(&mut self.targets) {

@@ -34,6 +34,8 @@ pub(super) enum Command {
         bytes: usize,
         settings: Settings,
     },
+    /// Tell how to reach the agent.
+    Describe,
     /// Connect to these agents, in this order.
     Connect { peers: Vec<Address> },
     /// Fill blocks with a pattern.

@@ -117,7 +117,7 @@ impl<W: Write> Run<'_, W> {
                     Section::Blocks => self.blocks(lane, &target, &mut limits)?,
                     Section::Notify => self.notify(lane)?,
                     Section::Make => self.make(lane)?,
-                    Section::Setup => self.setup(lane, &target)?,
+                    Section::Setup => self.setup(lane)?,
                     Section::Idle => self.idle(lane)?,
                 }
             }
@@ -260,11 +260,15 @@ impl<W: Write> Run<'_, W> {
         Ok(())
     }
 
-    fn setup(&mut self, lane: LaneName, target: &Address) -> anyhow::Result<()> {
-        let setup = setup::measure(lane, target, self.effective.settings)?;
+    fn setup(&mut self, lane: LaneName) -> anyhow::Result<()> {
+        let setup = setup::measure(&mut self.cluster, lane, self.effective.settings)?;
         let mut table = Table::new(&["once", "us p50", "max"]);
         for (metric, title, samples) in [
-            ("metadata_us", "metadata to bytes and back", &setup.metadata),
+            (
+                "metadata_us",
+                "ask for metadata over a pipe",
+                &setup.metadata,
+            ),
             ("connect_us", "connect a new agent", &setup.connect),
             (
                 "register_gib_us",

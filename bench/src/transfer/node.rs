@@ -73,9 +73,7 @@ impl Node {
                 self.active = None;
                 let agent = agent(&name, lane, settings)?;
                 let memory = memory::register(&agent, &memory, bytes)?;
-                let base = memory.base_ptr().addr().get();
-                let address = Address::new(&agent.metadata(), memory.id(), base);
-                self.active = Some(Active {
+                let active = self.active.insert(Active {
                     notifications: agent.notifications(),
                     agent,
                     memory,
@@ -83,6 +81,7 @@ impl Node {
                     peers: Vec::new(),
                     drain: None,
                 });
+                let address = active.address();
                 return Ok(Reply::Started { address });
             }
             Command::Stop => self.active = None,
@@ -101,6 +100,12 @@ impl Node {
 }
 
 impl Active {
+    /// What it is reached by.
+    fn address(&self) -> Address {
+        let base = self.memory.base_ptr().addr().get();
+        Address::new(&self.agent.metadata(), self.memory.id(), base)
+    }
+
     fn handle(&mut self, command: Command) -> anyhow::Result<Reply> {
         match command {
             Command::Connect { peers } => {
@@ -109,6 +114,10 @@ impl Active {
                     .map(|address| self.connect(address))
                     .collect::<anyhow::Result<_>>()?;
                 return Ok(Reply::Connected { reasons });
+            }
+            Command::Describe => {
+                let address = self.address();
+                return Ok(Reply::Started { address });
             }
             Command::Fill { side, seed } => memory::fill(&self.memory, &side, seed),
             Command::Clear { side } => memory::clear(&self.memory, &side),

@@ -2,12 +2,12 @@
 
 use std::time::Instant;
 
-use anyhow::Context;
-use blockplane_transfer::{ArenaConfig, Metadata, RemoteAccess};
+use blockplane_transfer::{ArenaConfig, RemoteAccess};
 
 use super::{
     case::LaneName,
-    link::{Address, PATIENCE, Settings},
+    cluster::Cluster,
+    link::{PATIENCE, Settings},
     memory, node,
 };
 use crate::report::Samples;
@@ -19,7 +19,7 @@ const TIMES: usize = 20;
 
 /// Microseconds of each step.
 pub(super) struct Setup {
-    /// Writing an agent's metadata and reading it again, without the way in between.
+    /// From asking the target for its metadata over the pipe to having read it.
     pub(super) metadata: Samples,
     /// Connecting a new agent.
     pub(super) connect: Samples,
@@ -30,8 +30,8 @@ pub(super) struct Setup {
 }
 
 pub(super) fn measure(
+    cluster: &mut Cluster,
     lane: LaneName,
-    target: &Address,
     settings: Settings,
 ) -> anyhow::Result<Setup> {
     let mut setup = Setup {
@@ -40,12 +40,10 @@ pub(super) fn measure(
         register: Samples::default(),
         allocate: Samples::default(),
     };
-    let metadata = target.metadata()?;
     for i in 0..TIMES {
         let agent = node::agent(&format!("bench-setup-{i}"), lane, settings)?;
         let start = Instant::now();
-        let bytes = agent.metadata().to_bytes();
-        Metadata::from_bytes(&bytes).context("metadata of a new agent")?;
+        let metadata = cluster.describe()?.metadata()?;
         setup.metadata.push(micros(start));
         let start = Instant::now();
         let peer = agent.connect(&metadata, PATIENCE)?;
