@@ -59,6 +59,11 @@ pub struct AgentConfig {
     /// A peer that has been silent this long is lost. Heartbeats go out eight times per interval.
     /// Default 2 s.
     pub peer_loss_timeout: Duration,
+    /// Whether whoever reaches a listening socket may ask for this agent's metadata
+    /// ([`Agent::fetch_metadata`](crate::Agent::fetch_metadata)): names of the agent and its regions,
+    /// and what it takes to connect. Default true; off where only those who got the metadata by
+    /// other means are to connect.
+    pub serve_metadata: bool,
     /// Bound on each handshake and on each question to a peer while preparing. Default 2 s.
     pub connect_timeout: Duration,
     /// Notifications waiting to be received; beyond it senders get
@@ -135,6 +140,7 @@ impl AgentConfig {
             socket_dir: PathBuf::from("/tmp"),
             peer_loss_timeout: Duration::from_secs(2),
             connect_timeout: Duration::from_secs(2),
+            serve_metadata: true,
             notifications_max: 4096,
             notification_bytes_max: 256 << 10,
             posts_max: 16384,

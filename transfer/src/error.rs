@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::config::Lane;
 use crate::memory::RegionId;
+use crate::peer::StoreError;
 use crate::plan::LayoutError;
 use crate::storage::StorageError;
 use crate::window::WindowId;
@@ -539,7 +540,7 @@ pub enum WindowError {
     AgentStopped,
 }
 
-/// Why metadata bytes are not metadata.
+/// Why metadata cannot be read, made or brought up to date.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum MetadataError {
@@ -569,6 +570,99 @@ pub enum MetadataError {
         /// Name of the field.
         field: &'static str,
     },
+    /// A delta that belongs to another revision.
+    #[error("a delta to revision {got}; accepted: complete metadata, or a delta to {accepted}")]
+    Base {
+        /// Revision that the delta belongs to.
+        got: u64,
+        /// Revision that is there.
+        accepted: u64,
+    },
+    /// Metadata of another agent, or of another life of it.
+    #[error("of another life or agent: {got:?}; accepted: {accepted:?} in the same life")]
+    OtherAgent {
+        /// Name found.
+        got: String,
+        /// Name wanted.
+        accepted: String,
+    },
+    /// The registration belongs to another agent, or peers may not use it.
+    #[error("region {region} is not of this agent, or closed to peers")]
+    NotOpen {
+        /// The region.
+        region: RegionId,
+    },
+}
+
+/// Why the metadata of an agent could not be had from the agent itself.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FetchError {
+    /// No connection.
+    #[error("cannot reach {address}: {reason}")]
+    Unreachable {
+        /// Where an agent was expected.
+        address: String,
+        /// Why not.
+        reason: String,
+    },
+    /// The agent does not give its metadata to everybody, or is shutting down.
+    #[error("the agent at {address} refuses (`serve_metadata`)")]
+    Refused {
+        /// Where it listens.
+        address: String,
+    },
+    /// The connection broke, or the answer did not come in time.
+    #[error("no answer from {address}: {source}")]
+    Io {
+        /// Where it listens.
+        address: String,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// What answers is not an agent of this version.
+    #[error("what answers at {address} is not a blockplane agent of this version")]
+    Malformed {
+        /// Where it listens.
+        address: String,
+    },
+    /// The answer is not metadata.
+    #[error("{address}: {source}")]
+    Metadata {
+        /// Where it listens.
+        address: String,
+        /// What is wrong.
+        source: MetadataError,
+    },
+    /// This agent is shut down.
+    #[error("the agent is shut down")]
+    AgentStopped,
+}
+
+/// Why no connection came about to an agent that was looked up by its name.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LookupError {
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Nobody has published itself under that name.
+    #[error("agent {name:?} is not in the store")]
+    NotFound {
+        /// The name.
+        name: String,
+    },
+    /// What is in the store is not metadata of that agent.
+    #[error("entry of agent {name:?}: {source}")]
+    Metadata {
+        /// The name.
+        name: String,
+        /// What is wrong.
+        source: MetadataError,
+    },
+    /// The agent could not be reached.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
 }
 
 /// The agent is shut down and nothing is left to receive.

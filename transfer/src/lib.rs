@@ -61,6 +61,16 @@
 //! # }
 //! ```
 //!
+//! # Finding peers
+//!
+//! Metadata is a small versioned, checksummed blob. It travels as bytes by any means
+//! ([`Metadata::to_bytes`]), through a file ([`Metadata::write_to`]), from the agent itself
+//! ([`Agent::fetch_metadata`]), or through a key-value store behind the trait [`MetadataStore`]
+//! ([`Agent::publish`], [`Agent::connect_by_name`]; a [`FolderStore`] and a [`MemoryStore`] are
+//! here). It can be partial ([`Agent::metadata_of`]) and brought up to date
+//! ([`Agent::metadata_delta`]). [`Agent::connect`] connects at once, [`Agent::remember`] when the
+//! peer is first used, and again after a loss.
+//!
 //! # Seeing what happens
 //!
 //! * The end of a transfer: [`Transfer::wait`], await, or for many transfers a [`CompletionQueue`]
@@ -186,8 +196,9 @@ pub use config::{
     TlsConfig, TlsPeerName,
 };
 pub use error::{
-    AgentError, AgentStopped, ConnectError, LossCause, MapError, MetadataError, PeerLost,
-    PostError, PrepareError, RegisterError, Rejection, Side, TransferError, WindowError,
+    AgentError, AgentStopped, ConnectError, FetchError, LookupError, LossCause, MapError,
+    MetadataError, PeerLost, PostError, PrepareError, RegisterError, Rejection, Side,
+    TransferError, WindowError,
 };
 pub use memory::{HostMemory, HugePageUse, RegionBusy, RegionId, RegionKind, Registration};
 pub use op::{
@@ -195,7 +206,10 @@ pub use op::{
     Notification, Notifications, Op, Plan, PostOptions, Prepared, Recv, RecvError, RemoteBlocks,
     RemoteDescriptor, Transfer, TransferStatus, TransferTelemetry,
 };
-pub use peer::{Metadata, RegionInfo};
+pub use peer::{
+    FolderStore, MemoryStore, Metadata, MetadataContent, MetadataFileError, MetadataStore,
+    RegionInfo, StoreError,
+};
 pub use plan::{BlockIds, BlockLayout, LayoutError};
 pub use stats::{AgentStats, CostBasis, CostEstimate, FlowStats, LatencyHistogram, PeerStats};
 pub use storage::{

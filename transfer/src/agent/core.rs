@@ -10,10 +10,10 @@ use parking_lot::{Mutex, RwLock};
 use super::peer::KnownPeer;
 use super::{CopyPool, Session, Timers};
 use crate::config::{AgentConfig, ArenaConfig, RemoteAccess};
-use crate::error::{AgentError, LossCause, RegisterError, WindowError};
+use crate::error::{AgentError, LossCause, MetadataError, RegisterError, WindowError};
 use crate::memory::{HostMemory, Region, RegionId, RegionOwner, Registration};
 use crate::op::{Notification, NotificationQueue};
-use crate::peer::{Addresses, Metadata, RegionInfo};
+use crate::peer::{Addresses, Metadata, MetadataContent, RegionInfo};
 use crate::stats::{AgentStats, Counters};
 use crate::storage::Storage;
 use crate::window::{OpenWindow, Scope, Window, WindowAccess, WindowId, WindowScope};
@@ -37,6 +37,8 @@ pub(crate) struct Core {
     /// Connections that agents of this process made to this one.
     in_process: Mutex<Vec<Weak<Session>>>,
     ids: AtomicU64,
+    /// Grows with every region that comes or goes; changed under the lock of `regions`.
+    revision: AtomicU64,
     stopped: AtomicBool,
     addresses: Addresses,
     pub(crate) reactors: Arc<Reactors>,
@@ -99,6 +101,7 @@ impl Core {
             book: Mutex::default(),
             in_process: Mutex::default(),
             ids: AtomicU64::new(1),
+            revision: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
             addresses: listeners.addresses.clone(),
             reactors: reactors.clone(),
@@ -216,6 +219,7 @@ impl Core {
             return Err(RegisterError::TooMany { limit });
         }
         regions.insert(region.id, Arc::downgrade(&region));
+        self.revision.fetch_add(1, Ordering::Relaxed);
         drop(regions);
         Ok(Registration::new(region, self.clone()))
     }
@@ -226,20 +230,54 @@ impl Core {
         (!region.released()).then_some(region)
     }
 
-    pub(super) fn metadata(&self) -> Metadata {
-        let mut regions: Vec<_> = self
-            .regions
-            .read()
-            .values()
-            .filter_map(Weak::upgrade)
+    /// What peers need, with the regions of this moment.
+    pub(crate) fn metadata(&self) -> Metadata {
+        let known = self.regions.read();
+        let revision = self.revision.load(Ordering::Relaxed);
+        let regions = known.values().filter_map(Weak::upgrade);
+        let mut regions: Vec<_> = regions
             .filter(|region| !region.released() && region.access != RemoteAccess::None)
             .map(|region| RegionInfo::of(&region))
             .collect();
+        drop(known);
         regions.sort_unstable_by_key(|region| region.id);
+        self.metadata_with(MetadataContent::Complete, revision, regions)
+    }
+
+    /// The same with some of the regions only.
+    pub(super) fn metadata_of(
+        self: &Arc<Self>,
+        registrations: &[&Registration],
+    ) -> Result<Metadata, MetadataError> {
+        let revision = self.revision.load(Ordering::Relaxed);
+        let open = |registration: &&Registration| {
+            let open = registration.owned_by(Arc::as_ptr(self).cast())
+                && registration.access() != RemoteAccess::None;
+            if open {
+                Ok(RegionInfo::of(registration.region()))
+            } else {
+                let region = registration.id();
+                Err(MetadataError::NotOpen { region })
+            }
+        };
+        let mut regions: Vec<_> = registrations.iter().map(open).collect::<Result<_, _>>()?;
+        regions.sort_unstable_by_key(|region| region.id);
+        regions.dedup_by_key(|region| region.id);
+        Ok(self.metadata_with(MetadataContent::Partial, revision, regions))
+    }
+
+    fn metadata_with(
+        &self,
+        content: MetadataContent,
+        revision: u64,
+        regions: Vec<RegionInfo>,
+    ) -> Metadata {
         Metadata::new(
             self.name.clone(),
             self.epoch,
             self.addresses.clone(),
+            content,
+            revision,
             regions,
         )
     }
@@ -314,7 +352,10 @@ impl Core {
 
 impl RegionOwner for Core {
     fn release(&self, region: &Region) {
-        self.regions.write().remove(&region.id);
+        let mut regions = self.regions.write();
+        regions.remove(&region.id);
+        self.revision.fetch_add(1, Ordering::Relaxed);
+        drop(regions);
         self.storage.forget_region(region.id);
         let incoming: Vec<_> = self
             .incoming

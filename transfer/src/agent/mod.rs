@@ -2,6 +2,7 @@
 
 mod copy;
 mod core;
+mod directory;
 mod peer;
 mod remote;
 mod session;
@@ -114,13 +115,6 @@ impl Agent {
         access: RemoteAccess,
     ) -> Result<Registration, RegisterError> {
         self.core().register(memory.into(), access)
-    }
-
-    /// What a peer needs to connect: name, epoch, addresses, and the regions of this moment.
-    /// Regions that are registered later can be named by peers as well.
-    #[must_use]
-    pub fn metadata(&self) -> Metadata {
-        self.core().metadata()
     }
 
     /// Connects to a peer over the best lane that works. Idempotent while the connection lives; a

@@ -16,7 +16,7 @@ use crate::memory::RegionId;
 use crate::op::TransferState;
 use crate::peer::Metadata;
 use crate::window::{Grant, WindowId};
-use crate::wire::{HandshakeFailure, Hello, HelloRole};
+use crate::wire::{HandshakeFailure, Hello, HelloRole, ask_metadata};
 
 /// One connection to a peer, as the session sees it.
 ///
@@ -142,6 +142,35 @@ pub(crate) fn open(
             "object stores are opened, not connected to",
         )),
     }
+}
+
+/// Asks a listening agent for its metadata: the blob as it came.
+pub(crate) fn ask(core: &Core, address: &str, until: Instant) -> Result<Vec<u8>, AskFailure> {
+    let path = address
+        .strip_prefix("unix:")
+        .or_else(|| address.starts_with('/').then_some(address));
+    let unreachable = |failure| match failure {
+        LaneFailure::Unusable(reason) => AskFailure::Unreachable(reason),
+        LaneFailure::Stale => AskFailure::Unreachable("another agent answers".to_owned()),
+    };
+    let blob = match path {
+        Some(path) => ask_metadata(&mut shm::connect(path, until).map_err(unreachable)?, until),
+        None => {
+            let mut socket = tcp::connect(core, address, until).map_err(unreachable)?;
+            match &core.tls {
+                Some(tls) => tls.ask(&mut socket, address, until),
+                None => ask_metadata(&mut socket, until),
+            }
+        }
+    };
+    blob.map_err(AskFailure::Handshake)
+}
+
+/// Why an agent did not give its metadata.
+#[derive(Debug)]
+pub(crate) enum AskFailure {
+    Unreachable(String),
+    Handshake(HandshakeFailure),
 }
 
 /// Wraps a backend with the configured faults, if any.

@@ -59,7 +59,7 @@ pub(super) fn open(
 }
 
 /// Connects without ever blocking on a peer that does not accept.
-fn connect(path: &str, until: Instant) -> Result<UnixStream, LaneFailure> {
+pub(crate) fn connect(path: &str, until: Instant) -> Result<UnixStream, LaneFailure> {
     let cannot = |error: rustix::io::Errno| {
         LaneFailure::unusable(format_args!("cannot connect to {path}: {error}"))
     };

@@ -72,7 +72,11 @@ fn enter(
     Ok((socket, welcome))
 }
 
-fn connect(core: &Core, address: &str, until: Instant) -> Result<TcpStream, LaneFailure> {
+pub(crate) fn connect(
+    core: &Core,
+    address: &str,
+    until: Instant,
+) -> Result<TcpStream, LaneFailure> {
     let resolved = address
         .to_socket_addrs()
         .map_err(|e| LaneFailure::unusable(format_args!("cannot resolve {address}: {e}")))?;

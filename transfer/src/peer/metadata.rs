@@ -11,10 +11,10 @@ use crate::error::MetadataError;
 use crate::memory::{Region, RegionId, RegionKind};
 
 const MAGIC: &[u8; 4] = b"BPMD";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const HEADER_BYTES: usize = 16;
 /// Larger blobs are refused before anything else is looked at.
-const BYTES_MAX: usize = 16 << 20;
+pub(crate) const METADATA_BYTES_MAX: usize = 16 << 20;
 /// Smallest encoding of one region: id, length, access, kind, empty label.
 const REGION_BYTES_MIN: usize = 20;
 
@@ -25,7 +25,25 @@ pub struct Metadata {
     name: Arc<str>,
     epoch: u64,
     addresses: Addresses,
+    content: MetadataContent,
+    revision: u64,
     regions: Vec<RegionInfo>,
+    released: Vec<RegionId>,
+}
+
+/// Which regions metadata names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MetadataContent {
+    /// All that peers may use.
+    Complete,
+    /// Some, chosen by the agent.
+    Partial,
+    /// Those that are new since a revision, and those that were released since.
+    Delta {
+        /// The revision that the delta belongs to.
+        base: u64,
+    },
 }
 
 /// Where an agent can be reached.
@@ -67,17 +85,23 @@ impl RegionInfo {
 }
 
 impl Metadata {
+    /// Regions are sorted by id.
     pub(crate) const fn new(
         name: Arc<str>,
         epoch: u64,
         addresses: Addresses,
+        content: MetadataContent,
+        revision: u64,
         regions: Vec<RegionInfo>,
     ) -> Self {
         Self {
             name,
             epoch,
             addresses,
+            content,
+            revision,
             regions,
+            released: Vec::new(),
         }
     }
 
@@ -99,6 +123,86 @@ impl Metadata {
         &self.regions
     }
 
+    /// Which regions it names.
+    #[must_use]
+    pub const fn content(&self) -> MetadataContent {
+        self.content
+    }
+
+    /// Grows with every region that the agent registers or releases.
+    #[must_use]
+    pub const fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// In a delta: regions that were released since its base.
+    #[must_use]
+    pub fn released(&self) -> &[RegionId] {
+        &self.released
+    }
+
+    /// What changed between `base` and this, both complete: apply it to `base` to get this.
+    ///
+    /// # Errors
+    /// They are of different agents or lives, or one of them is not complete.
+    pub fn delta_since(&self, base: &Self) -> Result<Self, MetadataError> {
+        self.same_agent(base)?;
+        for metadata in [self, base] {
+            if metadata.content != MetadataContent::Complete {
+                return Err(MetadataError::Field { field: "content" });
+            }
+        }
+        let has = |list: &[RegionInfo], id: RegionId| {
+            list.binary_search_by_key(&id, |region| region.id).is_ok()
+        };
+        let new = self.regions.iter();
+        let new = new.filter(|region| !has(&base.regions, region.id));
+        let gone = base.regions.iter().map(|region| region.id);
+        Ok(Self {
+            content: MetadataContent::Delta {
+                base: base.revision,
+            },
+            regions: new.cloned().collect(),
+            released: gone.filter(|id| !has(&self.regions, *id)).collect(),
+            ..self.clone()
+        })
+    }
+
+    /// Brings this up to date with a delta.
+    ///
+    /// # Errors
+    /// The delta is of another agent or life, is not a delta, or belongs to another revision; then
+    /// nothing changes and the complete metadata is needed.
+    pub fn apply(&mut self, delta: &Self) -> Result<(), MetadataError> {
+        self.same_agent(delta)?;
+        let MetadataContent::Delta { base } = delta.content else {
+            return Err(MetadataError::Field { field: "content" });
+        };
+        if base != self.revision || self.content != MetadataContent::Complete {
+            return Err(MetadataError::Base {
+                got: base,
+                accepted: self.revision,
+            });
+        }
+        self.regions
+            .retain(|region| delta.released.binary_search(&region.id).is_err());
+        self.regions.extend(delta.regions.iter().cloned());
+        self.regions.sort_unstable_by_key(|region| region.id);
+        self.revision = delta.revision;
+        Ok(())
+    }
+
+    fn same_agent(&self, other: &Self) -> Result<(), MetadataError> {
+        if self.name == other.name && self.epoch == other.epoch {
+            Ok(())
+        } else {
+            Err(MetadataError::OtherAgent {
+                got: other.name.as_ref().to_owned(),
+                accepted: self.name.as_ref().to_owned(),
+            })
+        }
+    }
+
     pub(crate) const fn addresses(&self) -> &Addresses {
         &self.addresses
     }
@@ -112,6 +216,18 @@ impl Metadata {
         payload.text(&self.name);
         for address in [&self.addresses.tcp, &self.addresses.shm] {
             payload.text(address.as_deref().unwrap_or_default());
+        }
+        let (content, base) = match self.content {
+            MetadataContent::Complete => (0, 0),
+            MetadataContent::Partial => (1, 0),
+            MetadataContent::Delta { base } => (2, base),
+        };
+        payload.u8(content);
+        payload.u64(self.revision);
+        payload.u64(base);
+        payload.u32(u32::try_from(self.released.len()).unwrap_or(u32::MAX));
+        for id in &self.released {
+            payload.u64(id.0);
         }
         payload.u32(u32::try_from(self.regions.len()).unwrap_or(u32::MAX));
         for region in &self.regions {
@@ -139,7 +255,7 @@ impl Metadata {
     /// # Errors
     /// Says what is wrong and where.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, MetadataError> {
-        if bytes.len() > BYTES_MAX {
+        if bytes.len() > METADATA_BYTES_MAX {
             return Err(MetadataError::Field { field: "length" });
         }
         let mut header = Reader::new(bytes);
@@ -183,6 +299,22 @@ impl Metadata {
         };
         let tcp = address("tcp address")?;
         let shm = address("shm address")?;
+        let content = reader.u8()?;
+        let (revision, base) = (reader.u64()?, reader.u64()?);
+        let content = match content {
+            0 => MetadataContent::Complete,
+            1 => MetadataContent::Partial,
+            2 => MetadataContent::Delta { base },
+            _ => return Err(invalid("content")),
+        };
+        let count = usize::try_from(reader.u32()?).unwrap_or(usize::MAX);
+        if count > reader.remaining() / 8 {
+            return Err(invalid("released regions"));
+        }
+        let mut released = Vec::with_capacity(count);
+        for _ in 0..count {
+            released.push(RegionId(reader.u64()?));
+        }
         let count = usize::try_from(reader.u32()?).unwrap_or(usize::MAX);
         if count > reader.remaining() / REGION_BYTES_MIN {
             return Err(invalid("regions"));
@@ -197,14 +329,20 @@ impl Metadata {
                 label: reader.text()?.ok_or_else(|| invalid("label"))?.to_owned(),
             });
         }
-        if reader.remaining() > 0 {
+        if reader.remaining() > 0 || !regions.is_sorted_by(|a, b| a.id < b.id) {
             return Err(invalid("regions"));
+        }
+        if !released.is_sorted_by(|a, b| a < b) {
+            return Err(invalid("released regions"));
         }
         Ok(Self {
             name: name.into(),
             epoch,
             addresses: Addresses { host, tcp, shm },
+            content,
+            revision,
             regions,
+            released,
         })
     }
 }
@@ -247,6 +385,8 @@ mod tests {
                 tcp: Some("127.0.0.1:4000".into()),
                 shm: Some("/tmp/x.sock".into()),
             },
+            MetadataContent::Complete,
+            7,
             vec![RegionInfo {
                 id: RegionId(3),
                 len: 1 << 30,
@@ -261,6 +401,58 @@ mod tests {
     fn survives_the_wire() {
         let metadata = sample();
         assert_eq!(Metadata::from_bytes(&metadata.to_bytes()), Ok(metadata));
+    }
+
+    #[test]
+    fn deltas_bring_up_to_date_and_survive_the_wire() {
+        let region = |id| RegionInfo {
+            id: RegionId(id),
+            ..sample().regions[0].clone()
+        };
+        let old = Metadata {
+            regions: vec![region(1), region(3), region(8)],
+            ..sample()
+        };
+        let new = Metadata {
+            revision: 12,
+            regions: vec![region(2), region(3), region(9)],
+            ..sample()
+        };
+        let delta = new.delta_since(&old).unwrap();
+        assert_eq!(delta.content(), MetadataContent::Delta { base: 7 });
+        assert_eq!(delta.released(), [RegionId(1), RegionId(8)]);
+        assert_eq!(delta.regions().len(), 2);
+        let delta = Metadata::from_bytes(&delta.to_bytes()).unwrap();
+        let mut known = old.clone();
+        known.apply(&delta).unwrap();
+        assert_eq!(known, new);
+        let wrong_base = MetadataError::Base {
+            got: 7,
+            accepted: 12,
+        };
+        assert_eq!(known.apply(&delta), Err(wrong_base));
+        let not_a_delta = MetadataError::Field { field: "content" };
+        assert_eq!(known.apply(&old), Err(not_a_delta));
+        let other = Metadata { epoch: 1, ..old };
+        assert!(matches!(
+            new.delta_since(&other),
+            Err(MetadataError::OtherAgent { .. })
+        ));
+    }
+
+    #[test]
+    fn a_later_version_is_named() {
+        let mut bytes = sample().to_bytes();
+        bytes[4..6].copy_from_slice(&(VERSION + 1).to_le_bytes());
+        let later = MetadataError::Version {
+            got: VERSION + 1,
+            accepted: VERSION,
+        };
+        assert_eq!(Metadata::from_bytes(&bytes), Err(later));
+        assert_eq!(
+            Metadata::from_bytes(b"{\"json\": true}"),
+            Err(MetadataError::Magic)
+        );
     }
 
     #[test]
@@ -290,7 +482,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_damage_is_an_error_and_never_a_panic(at in 0usize..90, flip in 1u8..=255) {
+        fn any_damage_is_an_error_and_never_a_panic(at in 0usize..140, flip in 1u8..=255) {
             let mut bytes = sample().to_bytes();
             let at = at % bytes.len();
             bytes[at] ^= flip;

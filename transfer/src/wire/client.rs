@@ -395,6 +395,8 @@ impl WireClient {
             Kind::Hello
             | Kind::Welcome
             | Kind::Refuse
+            | Kind::AskMetadata
+            | Kind::Metadata
             | Kind::AskRegion
             | Kind::AskWindow
             | Kind::WindowQuiet

@@ -21,6 +21,9 @@ pub(crate) enum Kind {
     Hello = 1,
     Welcome = 2,
     Refuse = 3,
+    // Connections that only ask, first and only.
+    AskMetadata = 4,
+    Metadata = 5,
     // Control connection, both directions.
     Ping = 16,
     // Control connection, from the initiator.
@@ -56,6 +59,8 @@ impl Kind {
             1 => Self::Hello,
             2 => Self::Welcome,
             3 => Self::Refuse,
+            4 => Self::AskMetadata,
+            5 => Self::Metadata,
             16 => Self::Ping,
             32 => Self::AskRegion,
             33 => Self::AskWindow,

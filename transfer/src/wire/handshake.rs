@@ -63,6 +63,24 @@ pub(crate) enum HandshakeFailure {
     Malformed,
 }
 
+/// Magic and version, as every first frame has them.
+pub(super) fn preamble() -> Vec<u8> {
+    let mut out = Writer::default();
+    out.bytes.extend_from_slice(MAGIC);
+    out.u16(VERSION);
+    out.u16(0);
+    out.bytes
+}
+
+/// Whether a body that is nothing but magic and version has our version; `None` for noise.
+pub(super) fn preamble_version(body: &[u8]) -> Option<bool> {
+    let mut reader = Reader::new(body);
+    let magic = reader.take(4).ok()?;
+    let version = reader.u16().ok()?;
+    reader.u16().ok()?;
+    (magic == MAGIC && reader.remaining() == 0).then_some(version == VERSION)
+}
+
 impl Hello {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Writer::default();

@@ -414,7 +414,9 @@ fn false_peer(answer: &'static [u8]) -> (Metadata, TcpListener) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut addresses = real.metadata().addresses().clone();
     addresses.tcp = Some(listener.local_addr().unwrap().to_string());
-    let metadata = Metadata::new("false".into(), real.epoch(), addresses, Vec::new());
+    let content = crate::MetadataContent::Complete;
+    let (name, epoch) = ("false".into(), real.epoch());
+    let metadata = Metadata::new(name, epoch, addresses, content, 0, Vec::new());
     let accepting = listener.try_clone().unwrap();
     std::thread::spawn(move || {
         let mut kept = Vec::new();

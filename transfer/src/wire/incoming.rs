@@ -326,6 +326,8 @@ impl Incoming {
             Kind::Hello
             | Kind::Welcome
             | Kind::Refuse
+            | Kind::AskMetadata
+            | Kind::Metadata
             | Kind::Region
             | Kind::Window
             | Kind::WindowClose

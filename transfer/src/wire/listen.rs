@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
+use super::ask::{Answer, check_question};
 use super::data::{DataStream, Role};
 use super::frame::{Code, HEADER_BYTES, Header, Kind};
 use super::handshake::{HELLO_BYTES_MAX, Hello, HelloRole, Welcome};
@@ -217,7 +218,7 @@ impl Listener {
             reactors: self.reactors.clone(),
             frame: Vec::new(),
             known: unix,
-            _slot: slot,
+            slot,
         };
         let at = self.reactors.place_control();
         self.reactors.add(at, Box::new(guest));
@@ -278,7 +279,7 @@ struct Guest {
     frame: Vec<u8>,
     /// It is clear whether it speaks TLS.
     known: bool,
-    _slot: Slot,
+    slot: Slot,
 }
 
 impl Guest {
@@ -309,7 +310,8 @@ impl Guest {
                 None => HEADER_BYTES,
                 Some(header) => {
                     let header = Header::decode(header).filter(|header| {
-                        header.kind == Kind::Hello && header.len as usize <= HELLO_BYTES_MAX
+                        matches!(header.kind, Kind::Hello | Kind::AskMetadata)
+                            && header.len as usize <= HELLO_BYTES_MAX
                     });
                     let header = header.ok_or(io::ErrorKind::InvalidData)?;
                     HEADER_BYTES + header.len as usize
@@ -348,7 +350,12 @@ impl Guest {
         Flow::Drop
     }
 
+    /// The first frame is whole.
     fn enter(&self) -> Flow {
+        let header = self.frame.first_chunk().and_then(Header::decode);
+        if header.is_some_and(|header| header.kind == Kind::AskMetadata) {
+            return self.answer_metadata();
+        }
         let hello = match Hello::decode(&self.frame[HEADER_BYTES..]) {
             Some(Ok(hello)) => hello,
             Some(Err(code)) => return self.refuse(code),
@@ -364,6 +371,34 @@ impl Guest {
             HelloRole::Control => self.enter_control(&core, &hello),
             HelloRole::Data { nonce } => self.enter_data(&core, &hello, nonce),
         }
+    }
+
+    fn answer_metadata(&self) -> Flow {
+        match check_question(&self.frame[HEADER_BYTES..]) {
+            Some(Ok(())) => {}
+            Some(Err(code)) => return self.refuse(code),
+            None => return Flow::Drop,
+        }
+        let Some(core) = self.core.upgrade().filter(|core| !core.is_stopped()) else {
+            return self.refuse(Code::Stopping);
+        };
+        if !core.config.serve_metadata {
+            return self.refuse(Code::AccessDenied);
+        }
+        let Some(slot) = Slot::take(&self.slot.0) else {
+            return self.refuse(Code::Busy);
+        };
+        let at = self.reactors.place_control();
+        let (reactors, until) = (
+            self.reactors.clone(),
+            Instant::now() + core.config.connect_timeout,
+        );
+        core.timers.call(until, move || reactors.remove(at));
+        let metadata = core.metadata().to_bytes();
+        Flow::Become(
+            at,
+            Box::new(Answer::new(self.socket.clone(), &metadata, slot)),
+        )
     }
 
     fn enter_control(&self, core: &Arc<Core>, hello: &Hello) -> Flow {

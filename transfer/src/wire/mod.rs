@@ -4,6 +4,9 @@
 //! A connection has an initiator, which posts operations, and a target, which owns the memory they
 //! name. Two agents that write to each other have two connections.
 
+mod ask;
+#[cfg(test)]
+mod ask_tests;
 mod channel;
 mod client;
 mod control;
@@ -20,6 +23,7 @@ mod tls;
 mod tuning;
 mod watch;
 
+pub(crate) use ask::ask_metadata;
 pub(crate) use channel::NotificationChannel;
 pub(crate) use client::{ConnectedWire, WireClient};
 pub(crate) use handshake::{HandshakeFailure, Hello, HelloRole, Welcome, greet};

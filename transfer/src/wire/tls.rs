@@ -8,6 +8,7 @@ use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::net::{RecvFlags, SendFlags};
 use rustls::pki_types::pem::PemObject;
@@ -15,6 +16,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, ClientConnection, Connection, RootCertStore, ServerConfig};
 
+use super::ask::{Timed, ask_metadata};
 use super::handshake::{HandshakeFailure, Hello, Welcome, greet};
 use super::socket::Pieces;
 use crate::config::{Pem, TlsConfig, TlsPeerName};
@@ -92,19 +94,7 @@ impl TlsContext {
         address: &str,
         hello: &Hello,
     ) -> Result<(Welcome, TlsSession), HandshakeFailure> {
-        let expected = match &self.peer_name {
-            TlsPeerName::Host => address.rsplit_once(':').map_or(address, |(host, _)| host),
-            TlsPeerName::Agent => &hello.to,
-            TlsPeerName::Fixed(name) => name,
-        };
-        let expected = expected.trim_start_matches('[').trim_end_matches(']');
-        let name = ServerName::try_from(expected.to_owned()).map_err(|_| {
-            HandshakeFailure::Tls(format!(
-                "{expected:?} is no host name or address that a certificate can have"
-            ))
-        })?;
-        let mut session = ClientConnection::new(self.client.clone(), name)
-            .map_err(|error| HandshakeFailure::Tls(error.to_string()))?;
+        let mut session = self.client_session(address, Some(&hello.to))?;
         let greeted = greet(&mut rustls::Stream::new(&mut session, socket), hello);
         match greeted {
             Ok(welcome) => Ok((welcome, TlsSession::new(session.into()))),
@@ -113,10 +103,78 @@ impl TlsContext {
         }
     }
 
+    /// Shakes hands and asks for metadata on a blocking socket.
+    pub(crate) fn ask(
+        &self,
+        socket: &mut TcpStream,
+        address: &str,
+        until: Instant,
+    ) -> Result<Vec<u8>, HandshakeFailure> {
+        let mut session = self.client_session(address, None)?;
+        let mut secure = SecureStream(rustls::Stream::new(&mut session, socket));
+        ask_metadata(&mut secure, until).map_err(|error| match error {
+            HandshakeFailure::Io(error) => failure(error),
+            other => other,
+        })
+    }
+
+    /// The initiator's session with an agent, whose name may not be known yet.
+    fn client_session(
+        &self,
+        address: &str,
+        agent: Option<&str>,
+    ) -> Result<ClientConnection, HandshakeFailure> {
+        let expected = match (&self.peer_name, agent) {
+            (TlsPeerName::Host, _) => address.rsplit_once(':').map_or(address, |(host, _)| host),
+            (TlsPeerName::Agent, Some(name)) => name,
+            (TlsPeerName::Agent, None) => {
+                return Err(HandshakeFailure::Tls(
+                    "the name that its certificate must have is that of the agent, which is not \
+                     known before its metadata: get that by other means"
+                        .to_owned(),
+                ));
+            }
+            (TlsPeerName::Fixed(name), _) => name,
+        };
+        let expected = expected.trim_start_matches('[').trim_end_matches(']');
+        let name = ServerName::try_from(expected.to_owned()).map_err(|_| {
+            HandshakeFailure::Tls(format!(
+                "{expected:?} is no host name or address that a certificate can have"
+            ))
+        })?;
+        ClientConnection::new(self.client.clone(), name)
+            .map_err(|error| HandshakeFailure::Tls(error.to_string()))
+    }
+
     /// A session for a connection that a peer has made.
     pub(crate) fn accept(&self) -> io::Result<TlsSession> {
         let session = rustls::ServerConnection::new(self.server.clone());
         Ok(TlsSession::new(session.map_err(io::Error::other)?.into()))
+    }
+}
+
+/// A blocking socket behind TLS.
+struct SecureStream<'a>(rustls::Stream<'a, ClientConnection, TcpStream>);
+
+impl Read for SecureStream<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.0.read(into)
+    }
+}
+
+impl Write for SecureStream<'_> {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        self.0.write(from)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+impl Timed for SecureStream<'_> {
+    fn bound(&self, left: Duration) -> io::Result<()> {
+        self.0.sock.bound(left)
     }
 }
 

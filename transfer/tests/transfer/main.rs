@@ -12,6 +12,7 @@
 mod faults;
 mod meeting;
 mod memory;
+mod metadata;
 mod observe;
 mod peers;
 mod process;
