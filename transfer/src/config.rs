@@ -75,6 +75,10 @@ pub struct AgentConfig {
     /// Operations in flight per peer; beyond it posting fails with
     /// [`PostError::TooManyInFlight`](crate::PostError::TooManyInFlight). Default 16384.
     pub posts_max: usize,
+    /// READs that a peer may have open at this agent on each of its data connections. The peer is
+    /// told and queues the rest, as far as its `posts_max` allows. Default 1024. Worst-case memory:
+    /// this times the ids of one operation, per connection.
+    pub peer_reads_max: u32,
     /// Regions registered at one time. Default 65536.
     pub regions_max: usize,
     /// Windows open at one time. Default 65536.
@@ -144,6 +148,7 @@ impl AgentConfig {
             notifications_max: 4096,
             notification_bytes_max: 256 << 10,
             posts_max: 16384,
+            peer_reads_max: 1024,
             regions_max: 65536,
             windows_max: 65536,
             peers_max: 1024,
@@ -239,6 +244,12 @@ impl AgentConfig {
                 "1 to 2^24 (peers: 2^16)",
             )?;
         }
+        check(
+            (1..=1 << 24).contains(&self.peer_reads_max),
+            "peer_reads_max",
+            self.peer_reads_max.to_string(),
+            "1 to 2^24",
+        )?;
         for (field, got, max, accepted) in [
             ("copy_threads", self.copy_threads, 256, "1 to 256"),
             ("io_threads", self.io_threads, 64, "1 to 64"),
@@ -268,17 +279,19 @@ impl AgentConfig {
             self.stream_chunk_bytes.to_string(),
             "4 KiB to 64 MiB",
         )?;
-        for (field, bytes) in [
-            ("tcp_send_buffer_bytes", self.tcp_send_buffer_bytes),
-            ("tcp_receive_buffer_bytes", self.tcp_receive_buffer_bytes),
-        ] {
-            check(
-                bytes.is_none_or(|bytes| (4096..=1 << 30).contains(&bytes)),
-                field,
-                format!("{bytes:?}"),
-                "none, or 4 KiB to 1 GiB",
-            )?;
-        }
+        let (send, receive) = (self.tcp_send_buffer_bytes, self.tcp_receive_buffer_bytes);
+        check(
+            send.is_none_or(|bytes| (4096..=1 << 30).contains(&bytes)),
+            "tcp_send_buffer_bytes",
+            format!("{send:?}"),
+            "none, or 4 KiB to 1 GiB",
+        )?;
+        check(
+            receive.is_none_or(|bytes| (1 << 16..=1 << 30).contains(&bytes)),
+            "tcp_receive_buffer_bytes",
+            format!("{receive:?}"),
+            "none, or 64 KiB (a segment within a host) to 1 GiB",
+        )?;
         check(
             self.tcp_pacing_bytes_per_s.is_none_or(|rate| rate >= 65536),
             "tcp_pacing_bytes_per_s",

@@ -46,6 +46,7 @@ pub(super) fn open(
         control,
         data: vec![Socket::new(data.into()).map_err(HandshakeFailure::Io)?],
         peer_loss_timeout: welcome.loss_timeout,
+        reads_max: welcome.reads_max,
         process,
         unmapped: "the region is not an arena, it goes over the Unix socket",
         notifications,

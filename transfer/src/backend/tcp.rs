@@ -39,6 +39,7 @@ pub(super) fn open(
         control,
         data,
         peer_loss_timeout: welcome.loss_timeout,
+        reads_max: welcome.reads_max,
         process: None,
         unmapped: "the connection is TCP",
         notifications: None,

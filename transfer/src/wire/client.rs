@@ -38,6 +38,8 @@ pub(crate) struct ConnectedWire {
     pub(crate) data: Vec<Socket>,
     /// After which silence the peer gives us up.
     pub(crate) peer_loss_timeout: Duration,
+    /// READs that the peer holds open on one data connection.
+    pub(crate) reads_max: u32,
     /// Becomes readable when the peer's process ends, where that can be watched.
     pub(crate) process: Option<OwnedFd>,
     /// Why regions are not mapped, when they are not.
@@ -64,6 +66,7 @@ pub(crate) struct WireClient {
     notifying: AtomicUsize,
     parts: Mutex<Parts>,
     pulse: Pulse,
+    reads_max: usize,
     unmapped: &'static str,
     notifications: Option<NotificationChannel>,
     /// The peer's process, for copies through the kernel; none once the connection is closed.
@@ -142,6 +145,7 @@ impl WireClient {
             answered: Condvar::new(),
             notifying: AtomicUsize::new(0),
             pulse: Pulse::new(core.config.peer_loss_timeout, wire.peer_loss_timeout),
+            reads_max: usize::try_from(wire.reads_max).unwrap_or(usize::MAX),
             unmapped: wire.unmapped,
             notifications: wire.notifications,
             process,
@@ -150,6 +154,11 @@ impl WireClient {
 
     fn session(&self) -> Option<Arc<Session>> {
         self.session.get().and_then(Weak::upgrade)
+    }
+
+    /// READs that may be open on one data connection.
+    pub(super) const fn reads_max(&self) -> usize {
+        self.reads_max
     }
 
     pub(super) fn heard(&self) {

@@ -37,6 +37,8 @@ pub(crate) enum HelloRole {
 pub(crate) struct Welcome {
     pub(crate) nonce: u64,
     pub(crate) loss_timeout: Duration,
+    /// READs that it holds open on one data connection.
+    pub(crate) reads_max: u32,
 }
 
 /// Why a handshake failed.
@@ -148,6 +150,7 @@ impl Welcome {
         out.u16(0);
         out.u32(millis(self.loss_timeout));
         out.u64(self.nonce);
+        out.u32(self.reads_max);
         Header::new(Kind::Welcome, 0, 0).with_body(&out.bytes)
     }
 
@@ -158,9 +161,12 @@ impl Welcome {
         reader.u16().ok()?;
         let loss_timeout = Duration::from_millis(u64::from(reader.u32().ok()?));
         let nonce = reader.u64().ok()?;
-        (magic == MAGIC && version == VERSION).then_some(Self {
+        let reads_max = reader.u32().ok()?;
+        let fits = magic == MAGIC && version == VERSION && reads_max > 0;
+        fits.then_some(Self {
             nonce,
             loss_timeout,
+            reads_max,
         })
     }
 }

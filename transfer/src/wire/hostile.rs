@@ -30,6 +30,7 @@ impl Victim {
         let mut config = AgentConfig::new("victim").with_lanes([Lane::Tcp]);
         config.peer_loss_timeout = Duration::from_secs(20);
         config.notification_bytes_max = 1000;
+        config.peer_reads_max = 4;
         let agent = Agent::new(config).unwrap();
         let arena = |access| {
             let arena = ArenaConfig::new(8000, "target").with_access(access);
@@ -322,6 +323,29 @@ fn frames_that_do_not_belong_end_the_connection() {
         );
     }
     assert!(victim.untouched());
+    victim.serves();
+}
+
+#[test]
+fn reads_beyond_the_credits_end_the_connection() {
+    let victim = Victim::new();
+    let layout = BlockLayout::contiguous(8, 1000);
+    let read = stripe(victim.open.id(), None, &[0, 1], layout, 0..2000);
+    let reads = |count: u64| -> Vec<u8> {
+        (0..count)
+            .flat_map(|id| Header::new(Kind::Read, id, 0).with_body(&read))
+            .collect()
+    };
+    let (_control, mut data) = victim.enter();
+    data.write_all(&reads(4)).unwrap();
+    let mut ended = 0;
+    while ended < 4 {
+        let (frame, _) = next_frame(&mut data).unwrap();
+        ended += usize::from(frame.kind == Kind::ReadDone);
+    }
+    // They arrive together, so none of them is over when the fifth is read.
+    data.write_all(&reads(5)).unwrap();
+    while next_frame(&mut data).is_some() {}
     victim.serves();
 }
 

@@ -139,7 +139,7 @@ impl Incoming {
     }
 
     pub(super) fn reads_max(&self) -> usize {
-        self.core.config.posts_max
+        usize::try_from(self.core.config.peer_reads_max).unwrap_or(usize::MAX)
     }
 
     /// Gives an initiator on this host a ring for its notifications. Without one they come as

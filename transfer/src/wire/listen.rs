@@ -433,6 +433,7 @@ impl Guest {
         let welcome = Welcome {
             nonce,
             loss_timeout: core.config.peer_loss_timeout,
+            reads_max: core.config.peer_reads_max,
         };
         incoming.send(welcome.encode());
         if self.unix {
@@ -463,6 +464,7 @@ impl Guest {
         let welcome = Welcome {
             nonce,
             loss_timeout: core.config.peer_loss_timeout,
+            reads_max: core.config.peer_reads_max,
         };
         // The first bytes on a fresh socket: they fit.
         if self.socket.send_bytes(&welcome.encode(), None).is_err() {

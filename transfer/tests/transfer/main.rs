@@ -16,6 +16,7 @@ mod metadata;
 mod observe;
 mod peers;
 mod process;
+mod streams;
 mod suite;
 mod support;
 mod tls;

@@ -32,6 +32,8 @@ const BYTES_PER_COMMAND: usize = 256 << 10;
 const AHEAD_BYTES: usize = 4608;
 /// Frames handled before other connections get their turn.
 const FRAMES_PER_TURN: usize = 1024;
+/// Answers that may wait for an initiator that does not read them.
+const ANSWERS_MAX: usize = 1 << 18;
 const SCRATCH_BYTES: usize = 64 << 10;
 /// Stand-in for bytes that may not be read any more.
 static ZEROS: [u8; SCRATCH_BYTES] = [0; SCRATCH_BYTES];
@@ -78,6 +80,9 @@ struct Rx {
     whole: Option<u64>,
     /// Initiator: where DATA frames go.
     sinks: HashMap<Key, Sink>,
+    /// Initiator: READs that the target has not ended, and those that wait for one of them.
+    reads_open: usize,
+    reads_waiting: VecDeque<(Arc<TransferState>, u32)>,
     scratch: Vec<u8>,
 }
 
@@ -141,6 +146,10 @@ struct Tx {
     queue: VecDeque<Out>,
     /// Answers to stripes of the peer, which do not wait for what is queued.
     answers: Vec<Out>,
+    /// Answers at the front of the queue.
+    answers_first: usize,
+    /// Target: READs whose end is not sent.
+    reads_open: usize,
 }
 
 enum Out {
@@ -227,11 +236,15 @@ impl DataStream {
                 placing: None,
                 whole: None,
                 sinks: HashMap::new(),
+                reads_open: 0,
+                reads_waiting: VecDeque::new(),
                 scratch: Vec::new(),
             },
             tx: Tx {
                 queue: VecDeque::new(),
                 answers: Vec::new(),
+                answers_first: 0,
+                reads_open: 0,
             },
             readable: true,
             writable: true,
@@ -315,7 +328,11 @@ impl DataStream {
                     epilogue: Small::new(rider.unwrap_or_default()),
                 })));
             }
+            crate::op::Op::Read if self.rx.reads_open >= client.reads_max() => {
+                self.rx.reads_waiting.push_back((transfer, part));
+            }
             crate::op::Op::Read => {
+                self.rx.reads_open += 1;
                 let sink = Sink {
                     transfer,
                     set: stripe.set,
@@ -326,6 +343,16 @@ impl DataStream {
                 self.tx.queue.push_back(Out::Frame { bytes, sent: 0 });
             }
         }
+    }
+
+    /// The target has ended a READ: the next one may begin. False when none was open.
+    fn read_ended(&mut self) -> bool {
+        let open = self.rx.reads_open > 0;
+        self.rx.reads_open -= usize::from(open);
+        if open && let Some((transfer, part)) = self.rx.reads_waiting.pop_front() {
+            self.start(transfer, part);
+        }
+        open
     }
 
     fn stop(&mut self, id: u64) {
@@ -356,6 +383,12 @@ impl DataStream {
             self.tx.queue.push_back(Out::Frame { bytes, sent: 0 });
             client.give_back(key);
         }
+        self.rx.reads_waiting.retain(|(transfer, part)| {
+            if transfer.id == id {
+                client.give_back((id, *part));
+            }
+            transfer.id != id
+        });
         // Stripes that have not begun go now; one that has begun ends at its chunk.
         self.tx.queue.retain(|out| match out {
             Out::Stripe(stripe) if stripe.key.0 == id && !stripe.prologue.begun() => {

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use super::super::frame::{BODY_BYTES_MAX, Code, HEADER_BYTES, Header, Kind, StripeSpec};
 use super::{
-    AHEAD_BYTES, DataStream, FRAMES_PER_TURN, Key, Origin, Out, OutStripe, Placing, Role, RxState,
-    SCRATCH_BYTES, Sink, Small, Turn, fill, place, push_rest,
+    AHEAD_BYTES, ANSWERS_MAX, DataStream, FRAMES_PER_TURN, Key, Origin, Out, OutStripe, Placing,
+    Role, RxState, SCRATCH_BYTES, Sink, Small, Turn, fill, place, push_rest,
 };
 use crate::error::LossCause;
 use crate::memory::Region;
@@ -316,12 +316,16 @@ impl DataStream {
             }
             (Kind::ReadCancel, Role::Target(_)) if header.len == 0 => self.drop_served(key),
             (Kind::ReadDone, Role::Initiator(client)) if header.len == 0 => {
-                if let Some(sink) = self.rx.sinks.remove(&key) {
+                let sink = self.rx.sinks.remove(&key);
+                if let Some(sink) = sink {
                     let code = Code::from(header.code).unwrap_or(Code::Unsupported);
                     if code == Code::Ok && !sink.range.is_empty() {
                         return protocol("READ done before its last byte");
                     }
                     client.read_done(&sink.transfer, key, code);
+                }
+                if !self.read_ended() {
+                    return protocol("READ done that nobody asked for");
                 }
             }
             _ => return protocol("a frame that does not belong here"),
@@ -351,9 +355,15 @@ impl DataStream {
             }
             return Ok(());
         }
+        let write = header.kind == Kind::Write;
+        let waiting = self.tx.answers.len() + self.tx.answers_first;
+        if write && waiting >= ANSWERS_MAX || !write && self.tx.reads_open >= incoming.reads_max() {
+            let what = "more operations than the connection may have open";
+            return Err(LossCause::Protocol(what.to_owned()));
+        }
+        self.tx.reads_open += usize::from(!write);
         let spec = StripeSpec::decode(body)
             .ok_or_else(|| LossCause::Protocol("malformed stripe description".to_owned()))?;
-        let write = header.kind == Kind::Write;
         match incoming.admit(spec, write) {
             Ok(stripe) if write => {
                 self.rx.placing = Some(Placing {
@@ -363,20 +373,16 @@ impl DataStream {
                 self.complete_placed();
             }
             Ok(stripe) => {
-                if self.tx.queue.len() >= incoming.reads_max() {
-                    self.push_read_done(key, Code::Busy);
-                } else {
-                    let range = stripe.range.clone();
-                    let done = Header::new(Kind::ReadDone, key.0, key.1).code(Code::Ok);
-                    self.tx.queue.push_back(Out::Stripe(Box::new(OutStripe {
-                        key,
-                        origin: Origin::Served(stripe),
-                        prologue: Small::new(Vec::new()),
-                        range,
-                        chunk: None,
-                        epilogue: Small::new(done.encode().to_vec()),
-                    })));
-                }
+                let range = stripe.range.clone();
+                let done = Header::new(Kind::ReadDone, key.0, key.1).code(Code::Ok);
+                self.tx.queue.push_back(Out::Stripe(Box::new(OutStripe {
+                    key,
+                    origin: Origin::Served(stripe),
+                    prologue: Small::new(Vec::new()),
+                    range,
+                    chunk: None,
+                    epilogue: Small::new(done.encode().to_vec()),
+                })));
             }
             Err(code) if write => {
                 self.answer_write(key, code);

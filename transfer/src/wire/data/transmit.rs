@@ -75,6 +75,9 @@ impl DataStream {
                     if *sent < bytes.len() {
                         return;
                     }
+                    let read_done = bytes.first() == Some(&(Kind::ReadDone as u8));
+                    self.tx.reads_open -= usize::from(read_done);
+                    self.tx.answers_first = self.tx.answers_first.saturating_sub(1);
                     self.tx.queue.pop_front();
                 }
                 Out::Stripe(stripe) => {
@@ -112,7 +115,9 @@ impl DataStream {
                 }
             }
             (Origin::Served(_), _) => {
-                if !stripe.complete() {
+                if stripe.complete() {
+                    self.tx.reads_open -= 1;
+                } else {
                     let done = Header::new(Kind::ReadDone, id, part).code(stripe.served());
                     self.push_first(done.encode().to_vec());
                 }
@@ -190,8 +195,10 @@ impl Tx {
             None => false,
         };
         if !half_sent {
-            while let Some(answer) = self.answers.pop() {
-                self.queue.push_front(answer);
+            // Behind earlier answers: a notification is answered after its stripe.
+            for answer in self.answers.drain(..) {
+                self.queue.insert(self.answers_first, answer);
+                self.answers_first += 1;
             }
         }
     }
