@@ -5,6 +5,7 @@
     nixl_driver.py make                                descriptors of 10,000 blocks, and their post
     nixl_driver.py setup                               metadata, connecting, registering
     nixl_driver.py idle --seconds N                    processor time of an agent without work
+    nixl_driver.py file FOLDER                         POSIX backend (io_uring), O_DIRECT
 """
 
 import argparse
@@ -306,6 +307,54 @@ def idle(args):
     del agent
 
 
+def file(args):
+    """Random blocks of a file, as many in flight as the step says, in turn from sixteen lists."""
+    from nixl._api import nixl_agent, nixl_agent_config
+
+    import numpy
+
+    agent = nixl_agent("disk", nixl_agent_config(backends=[], enable_prog_thread=False))
+    agent.create_backend("POSIX", {"use_uring": "true"})
+    path = os.path.join(args.folder, f"nixl-bench-{os.getpid()}")
+    chunk = os.urandom(1 << 20)
+    with open(path, "wb") as out:
+        for _ in range(args.bytes >> 20):
+            out.write(chunk)
+        out.flush()
+        os.fsync(out.fileno())
+    descriptor = os.open(path, os.O_RDWR | os.O_DIRECT)
+    os.unlink(path)
+    memory = Memory(64 << 20, 1)
+    register(agent, memory)
+    agent.register_memory([(0, args.bytes, descriptor, "")], "FILE")
+    random = numpy.random.default_rng(1)
+    for block, count in ((4096, 64), (65536, 64), (1 << 20, 16)):
+        for op in ("read", "write"):
+            handles = []
+            for _ in range(16):
+                near = numpy.zeros((count, 3), numpy.uint64)
+                near[:, 0] = memory.address + random.permutation(memory.size // block)[:count] * block
+                near[:, 1] = block
+                there = numpy.zeros((count, 3), numpy.uint64)
+                there[:, 0] = random.permutation(args.bytes // block)[:count] * block
+                there[:, 1] = block
+                there[:, 2] = descriptor
+                local = agent.get_xfer_descs(near, "DRAM")
+                remote = agent.get_xfer_descs(there, "FILE")
+                handles.append(agent.initialize_xfer(op.upper(), local, remote, "disk"))
+            done, start, used = 0, time.perf_counter(), cpu_seconds()
+            while time.perf_counter() - start < args.seconds:
+                complete(agent, handles[done % len(handles)])
+                done += 1
+            took = time.perf_counter() - start
+            case = {"lane": "file", "op": op, "block_bytes": block, "in_flight": count}
+            emit("bandwidth_gb_per_s", case, "GB/s", [done * block * count / took / 1e9])
+            emit("cpu_cores", case, "cores", [(cpu_seconds() - used) / took])
+            for handle in handles:
+                handle.release()
+    os.close(descriptor)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Measures NIXL between two processes.")
     steps = parser.add_subparsers(dest="step", required=True)
@@ -326,6 +375,11 @@ def main():
     step = steps.add_parser("idle")
     step.add_argument("--seconds", type=float, default=5)
     step.set_defaults(run=idle)
+    step = steps.add_parser("file")
+    step.add_argument("folder")
+    step.add_argument("--bytes", type=int, default=1 << 30)
+    step.add_argument("--seconds", type=float, default=1)
+    step.set_defaults(run=file)
     args = parser.parse_args()
     args.run(args)
     sys.stdout.flush()

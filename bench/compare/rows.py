@@ -6,7 +6,7 @@ import statistics
 MISSING = None
 
 # What a case is told apart by; everything else in it is the same for all or of no interest here.
-KEYS = ("lane", "op", "block_bytes", "count", "receiver", "pattern", "ids", "side")
+KEYS = ("lane", "op", "block_bytes", "count", "in_flight", "receiver", "pattern", "ids", "side")
 
 
 class Figures:
@@ -22,6 +22,9 @@ class Figures:
         key = (peer, step, record["metric"], json.dumps(case))
         self.values.setdefault(key, []).append(record["value"])
         self.units[record["metric"]] = record["unit"]
+        if record.get("peer") is not None:
+            # Files are measured beside fio by our own benchmark.
+            self.add("fio", step, {**record, "value": record["peer"], "peer": None})
 
     def failed(self, peer, step, reason):
         if (peer, step, reason) not in self.failures:
@@ -64,7 +67,8 @@ class Row:
     def values(self, figures):
         """Of blockplane, NIXL, Mooncake, and the highest limit of the same runs."""
         step, _, case = self.of["blockplane"]
-        limits = [figures.median("blockplane", step, metric, **case) for metric in self.limits]
+        program = "fio" if step == "file" else "blockplane"
+        limits = [figures.median(program, step, metric, **case) for metric in self.limits]
         limits = [limit for limit in limits if limit is not MISSING]
         three = (self.value(figures, peer) for peer in ("blockplane", "nixl", "mooncake"))
         return (*three, max(limits, default=MISSING))
@@ -96,6 +100,16 @@ def blocks(title, step, lane, cell, goal, limits, mooncake=False, peer_step=None
         (peer_step, metric, case),
         (peer_step, metric, case) if mooncake else None,
         limits,
+    )
+
+
+def on_disk(op, block, count):
+    case = {"op": op, "block_bytes": block, "in_flight": count}
+    title = f"file {op} {block // 1024}K x{count}"
+    speed, cores = "bandwidth_gb_per_s", "cpu_cores"
+    return (
+        Row(f"{title} (limit: fio)", "GB/s", ">= 95 %", *[("file", speed, case)] * 2, None, (speed,)),
+        Row(f"{title}, cores", "cores", "<= 0.25", *[("file", cores, case)] * 2, None, (cores,), True),
     )
 
 
@@ -177,6 +191,12 @@ ROWS = [
     once("metadata exchange between processes", "us", "<= 1000", "setup", "metadata_us", {"lane": "shm"}, {}),
     once("connect a new agent", "us", "<= 1000", "setup", "connect_us", {"lane": "shm"}, {}),
     once("register 1 GiB", "us", "", "setup", "register_gib_us", {"lane": "shm"}, {}),
+    *(
+        row
+        for op in ("read", "write")
+        for block, count in ((4096, 64), (65536, 64), (1 << 20, 16))
+        for row in on_disk(op, block, count)
+    ),
 ]
 
 

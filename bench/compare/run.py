@@ -40,7 +40,7 @@ TCP = [
 ]
 
 
-def steps(quick):
+def steps(quick, folder):
     """(peer, name of the step, arguments); each ends within the time of one step."""
     seconds = "0.2" if quick else "0.5"
     case_ms = "200" if quick else "500"
@@ -79,6 +79,10 @@ def steps(quick):
     idling = ["--measure", "idle", "--lanes", "shm", "--idle-seconds", idle]
     yield "blockplane", "idle", [*bench, *idling]
     yield "nixl", "idle", ["idle", "--seconds", idle]
+    for op in ("read", "write"):
+        disk = ["bench", "transfer", "--json", "--to", f"file:{folder}", "--ops", op]
+        yield "blockplane", "file", [*disk, *(["--quick"] if quick else [])]
+    yield "nixl", "file", ["file", folder, "--seconds", "0.5" if quick else "2"]
 
 
 class Peers:
@@ -142,7 +146,7 @@ class Peers:
 def measure(peers, args):
     figures = Figures()
     for number in range(args.rounds):
-        for peer, step, arguments in steps(args.quick):
+        for peer, step, arguments in steps(args.quick, args.folder):
             if peer in peers.missing or (args.only and step not in args.only):
                 continue
             print(f"round {number + 1}: {peer} {step}", file=sys.stderr, flush=True)
@@ -208,9 +212,10 @@ def main():
     parser.add_argument("--venv", type=pathlib.Path, default=ROOT / ".cache" / "compare-venv")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="shorter cells")
-    parser.add_argument("--only", action="append", help="steps: arena, host, tcp, notify, ...")
+    parser.add_argument("--only", action="append", help="one step of arena, host, tcp, notify, make, setup, idle, file; can be repeated")
     parser.add_argument("--wrap", default="", help="command in front of every step, such as 'nice'")
     parser.add_argument("--step-seconds", type=int, default=120, help="bound on each step")
+    parser.add_argument("--folder", default=str(ROOT), help="where files are measured")
     parser.add_argument("--out", type=pathlib.Path, help="also write the figures as JSON lines")
     args = parser.parse_args()
     if args.blockplane is None:

@@ -4,7 +4,7 @@
 //! [`report::Record`]). Limits such as memcpy or a raw socket are measured in the same run as the
 //! figures they bound, because machines and their neighbours change. `--quick` ends in under 30 s.
 //!
-//! * [`transfer`]: block transfers between two processes.
+//! * [`transfer`]: block transfers between processes.
 //! * [`engine`]: prefill and decode speed of the native engine.
 //! * [`serve`]: load on any OpenAI-compatible server.
 //!
@@ -30,7 +30,7 @@ pub enum BenchCommand {
     Engine(engine::EngineArgs),
     /// Load an OpenAI-compatible server and measure its latencies and throughput.
     Serve(serve::ServeArgs),
-    /// Move blocks between two agents and measure bandwidth, latency and idle cost.
+    /// Move blocks between agents and measure bandwidth, latency and what it costs.
     Transfer(Box<transfer::TransferArgs>),
     /// The other process of `bench transfer`; takes its orders on standard input.
     #[command(hide = true)]

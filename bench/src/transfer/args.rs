@@ -37,8 +37,28 @@ pub enum Prepared {
     No,
 }
 
+/// What `--help` ends with.
+const EXAMPLES: &str = "\
+Examples:
+  Everything between two processes, in under 30 seconds:
+      blockplane bench transfer --quick
+  How fast is this lane with these blocks, and what would a plain copy do?
+      blockplane bench transfer --measure blocks --lanes shm --block-bytes 16k --counts 128
+  Three processes write into one, each with two threads and four transfers in flight:
+      blockplane bench transfer --scheme many-to-one --initiators 3 --threads 2 --depth 4
+  A curve over block sizes as a picture:
+      blockplane bench transfer --measure blocks --start-block-bytes 4k --max-block-bytes 4m \\
+          --counts 1,32 --patterns scattered --plot transfer.svg
+  The KV of one request of 8192 tokens, layer by layer:
+      blockplane bench transfer --model-config MODEL/config.json --tokens 8192 --per-layer
+  Files beside fio:
+      blockplane bench transfer --to file:/data
+
+Every figure stands beside a limit of the same run; docs/benchmarks.md says what the columns mean.";
+
 /// Options of `blockplane bench transfer`.
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct TransferArgs {
     /// Figures to take [default: all of them between two agents, blocks between more].
     #[arg(long, value_enum, value_delimiter = ',')]

@@ -66,13 +66,17 @@ fn chart(records: &[Record]) -> Chart {
                 .map_or("", |v| v.as_str().unwrap_or(""))
         };
         let number = |field: &str| record.case.get(field).and_then(serde_json::Value::as_f64);
-        let (Some(bytes), Some(count)) = (number("block_bytes"), number("count")) else {
+        let count = number("count").or_else(|| number("in_flight"));
+        let (Some(bytes), Some(count)) = (number("block_bytes"), count) else {
             continue;
         };
         let panel = find(
             &mut panels,
             |panel| &panel.title,
-            format!("{}, {}", text("op"), text("pattern")),
+            match text("pattern") {
+                "" => text("op").to_owned(),
+                pattern => format!("{}, {pattern}", text("op")),
+            },
             |title| Panel {
                 title,
                 series: Vec::new(),
