@@ -61,6 +61,15 @@
 //! # }
 //! ```
 //!
+//! # Two processes
+//!
+//! The same between processes (`examples/two_processes.rs`): they meet through a folder, and the
+//! owner of the memory says by a window which blocks may be written.
+//!
+//! ```standalone_crate
+#![doc = include_str!("../examples/two_processes.rs")]
+//! ```
+//!
 //! # Finding peers
 //!
 //! Metadata is a small versioned, checksummed blob. It travels as bytes by any means
@@ -172,7 +181,8 @@
 //! * `RUSTFLAGS=-Zsanitizer=address cargo +nightly test -p blockplane-transfer --target
 //!   x86_64-unknown-linux-gnu --test transfer shm` runs the shm lane, processes included, under
 //!   AddressSanitizer.
-//! * `cargo run --release -p blockplane-transfer --example lanes` measures every lane.
+//! * `cargo run --release -p blockplane-transfer --example lanes` measures every lane, `cargo bench -p
+//!   blockplane-transfer` what preparing, posting and connecting cost.
 
 mod agent;
 mod backend;

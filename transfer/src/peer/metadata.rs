@@ -203,6 +203,18 @@ impl Metadata {
         }
     }
 
+    /// `host:port` where the agent listens on TCP, if it does.
+    #[must_use]
+    pub fn tcp_address(&self) -> Option<&str> {
+        self.addresses.tcp.as_deref()
+    }
+
+    /// Path of the Unix socket where the agent listens, if it does.
+    #[must_use]
+    pub fn unix_socket(&self) -> Option<&str> {
+        self.addresses.shm.as_deref()
+    }
+
     pub(crate) const fn addresses(&self) -> &Addresses {
         &self.addresses
     }

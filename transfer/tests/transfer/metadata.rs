@@ -33,16 +33,6 @@ impl Drop for Folder {
     }
 }
 
-/// Where an agent listens, found in its blob as a stranger would.
-fn address_in(blob: &[u8], prefix: &[u8]) -> String {
-    let at = blob
-        .windows(prefix.len())
-        .position(|window| window == prefix)
-        .unwrap();
-    let len = u16::from_le_bytes([blob[at - 2], blob[at - 1]]);
-    String::from_utf8(blob[at..at + usize::from(len)].to_vec()).unwrap()
-}
-
 #[test]
 fn agents_tell_their_metadata_to_whoever_asks() {
     let all = [Lane::Shm, Lane::Tcp];
@@ -57,21 +47,19 @@ fn agents_tell_their_metadata_to_whoever_asks() {
         .collect();
     let expected = b.metadata();
     assert_eq!(expected.regions().len(), regions.len());
-    let blob = expected.to_bytes();
-    let tcp = address_in(&blob, b"127.0.0.1:");
-    let unix = address_in(&blob, b"/tmp/blockplane-");
-    for address in [&tcp, &unix, &format!("unix:{unix}")] {
+    let tcp = expected.tcp_address().unwrap();
+    let unix = expected.unix_socket().unwrap();
+    for address in [tcp, unix, &format!("unix:{unix}")] {
         let got = a.fetch_metadata(address, WAIT).unwrap();
         assert_eq!(got, expected, "{address}");
     }
-    a.connect(&a.fetch_metadata(&tcp, WAIT).unwrap(), WAIT)
+    a.connect(&a.fetch_metadata(tcp, WAIT).unwrap(), WAIT)
         .unwrap();
 
     let mut quiet = config("quiet");
     quiet.serve_metadata = false;
     let quiet = Agent::new(quiet).unwrap();
-    let tcp = address_in(&quiet.metadata().to_bytes(), b"127.0.0.1:");
-    let refused = a.fetch_metadata(&tcp, WAIT);
+    let refused = a.fetch_metadata(quiet.metadata().tcp_address().unwrap(), WAIT);
     assert!(matches!(refused, Err(FetchError::Refused { .. })));
     a.connect(&quiet.metadata(), WAIT).unwrap();
 }
@@ -88,12 +76,13 @@ fn metadata_behind_tls_is_for_those_with_a_certificate() {
     let regions: Vec<_> = (0..3000)
         .map(|_| b.register(vec![0; 1], RemoteAccess::Open).unwrap())
         .collect();
-    let address = address_in(&b.metadata().to_bytes(), b"127.0.0.1:");
+    let known = b.metadata();
+    let address = known.tcp_address().unwrap();
     let a = agent("a", Some(authority.local()));
-    let got = a.fetch_metadata(&address, WAIT).unwrap();
-    assert_eq!((&got, got.regions().len()), (&b.metadata(), regions.len()));
+    let got = a.fetch_metadata(address, WAIT).unwrap();
+    assert_eq!((&got, got.regions().len()), (&known, regions.len()));
     for tls in [None, Some(stranger.local())] {
-        let got = agent("c", tls).fetch_metadata(&address, WAIT);
+        let got = agent("c", tls).fetch_metadata(address, WAIT);
         assert!(
             matches!(got, Err(FetchError::Unreachable { .. })),
             "{got:?}"
@@ -102,7 +91,7 @@ fn metadata_behind_tls_is_for_those_with_a_certificate() {
     // The name in the certificate is that of the agent, and nobody knows it yet.
     let mut by_name = authority.local();
     by_name.peer_name = TlsPeerName::Agent;
-    let got = agent("d", Some(by_name)).fetch_metadata(&address, WAIT);
+    let got = agent("d", Some(by_name)).fetch_metadata(address, WAIT);
     assert!(
         matches!(got, Err(FetchError::Unreachable { .. })),
         "{got:?}"
