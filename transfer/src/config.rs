@@ -415,6 +415,10 @@ pub struct FaultConfig {
     pub loss: f64,
     /// The connection breaks instead of starting the operation.
     pub disconnect: f64,
+    /// Some parts of an operation never move, the others do, and it fails with
+    /// [`TransferError::Injected`](crate::TransferError::Injected) after `delay_max`. Hits copies,
+    /// files and objects; one without parts beside the first moves nothing.
+    pub torn: f64,
 }
 
 impl FaultConfig {
@@ -427,6 +431,7 @@ impl FaultConfig {
             delay_max: Duration::from_millis(2),
             loss: 0.0,
             disconnect: 0.0,
+            torn: 0.0,
         }
     }
 
@@ -435,6 +440,7 @@ impl FaultConfig {
             ("faults.delay", self.delay),
             ("faults.loss", self.loss),
             ("faults.disconnect", self.disconnect),
+            ("faults.torn", self.torn),
         ] {
             if !(0.0..=1.0).contains(&p) {
                 return Err(AgentError::InvalidConfig {

@@ -266,6 +266,17 @@ pub enum PrepareError {
         /// Its name.
         store: String,
     },
+    /// A key of an object is invalid or named twice by a write.
+    #[error("key {key:?}: {reason}")]
+    InvalidKey {
+        /// The key.
+        key: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A write names a range of objects.
+    #[error("a write names a range of objects; accepted: whole objects")]
+    RangeOfWrite,
     /// The store is open for reading only.
     #[error("store {store:?} is open for reading only")]
     ReadOnlyStore {
@@ -454,6 +465,9 @@ pub enum TransferError {
         /// The system's error.
         reason: String,
     },
+    /// A fault that was asked for (`AgentConfig::faults`). Bytes of the operation may have moved.
+    #[error("injected fault")]
+    Injected,
     /// `wait` gave up; the transfer itself goes on.
     #[error("still in flight after waiting {waited:?}")]
     StillInFlight {
@@ -470,7 +484,10 @@ impl TransferError {
             Self::PeerLost(_) | Self::DeadlineExceeded { .. } | Self::StillInFlight { .. } => true,
             Self::Rejected(rejection) => rejection.retryable(),
             Self::Storage(error) => error.retryable(),
-            Self::Cancelled | Self::WindowClosed { .. } | Self::Inaccessible { .. } => false,
+            Self::Cancelled
+            | Self::WindowClosed { .. }
+            | Self::Inaccessible { .. }
+            | Self::Injected => false,
         }
     }
 }

@@ -222,6 +222,11 @@ pub use peer::{
 };
 pub use plan::{BlockIds, BlockLayout, LayoutError};
 pub use stats::{AgentStats, CostBasis, CostEstimate, FlowStats, LatencyHistogram, PeerStats};
+#[cfg(feature = "object")]
+pub use storage::{
+    AzureConfig, AzureCredentials, GcsConfig, GcsCredentials, ObjectBlocks, ObjectConfig,
+    ObjectInfo, ObjectLocation, ObjectStore, S3Config, S3Credentials, Secret,
+};
 pub use storage::{
     DirectIo, DirectUse, FileAccess, FileBlocks, FileConfig, FileCreation, FileEngine, FileInfo,
     FileRanges, FileSource, FileStore, OpenError, StorageAction, StorageConfig, StorageError,

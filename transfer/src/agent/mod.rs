@@ -26,6 +26,8 @@ use crate::op::{
 use crate::peer::Metadata;
 use crate::stats::AgentStats;
 use crate::storage::{FileBlocks, FileConfig, FileRanges, FileStore, OpenError};
+#[cfg(feature = "object")]
+use crate::storage::{ObjectBlocks, ObjectConfig, ObjectStore};
 use crate::window::{Window, WindowAccess, WindowScope};
 
 pub use peer::{LaneInfo, Peer};
@@ -247,6 +249,35 @@ impl Agent {
     /// The memory is not mapped here, or the blocks do not fit or are not accessible for reading.
     pub fn map(&self, remote: RemoteBlocks<'_>) -> Result<MappedBlocks, MapError> {
         crate::op::map_blocks(self.core(), remote)
+    }
+
+    /// Opens an object store. Blocks move between it and this agent's memory with
+    /// [`Agent::prepare_objects`]. The first one starts a thread with a small runtime.
+    ///
+    /// # Errors
+    /// The configuration makes no sense, or a folder cannot be made. Stores behind a network are
+    /// not asked yet.
+    #[cfg(feature = "object")]
+    pub fn open_objects(&self, config: &ObjectConfig) -> Result<ObjectStore, OpenError> {
+        ObjectStore::open(self.core(), config)
+    }
+
+    /// Checks and plans an operation between memory and objects: the i-th local block pairs with
+    /// the i-th key. A notification bound to it goes to this agent itself.
+    ///
+    /// A write that is called off, or fails, leaves each object as it was or whole. One that was
+    /// called off may still appear if its request had reached a store behind a network.
+    ///
+    /// # Errors
+    /// Says which side and what does not fit.
+    #[cfg(feature = "object")]
+    pub fn prepare_objects(
+        &self,
+        op: Op,
+        local: LocalBlocks<'_>,
+        blocks: ObjectBlocks<'_>,
+    ) -> Result<Prepared, PrepareError> {
+        crate::storage::prepare_objects(self.core(), op, local, blocks)
     }
 
     /// Sends a notification on its own. It keeps its place among the notifications that are bound

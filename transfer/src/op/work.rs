@@ -10,6 +10,8 @@ use crate::error::PostError;
 use crate::memory::{Batch, Region, Stores, copy_piece, publish};
 use crate::plan::{BlockSet, Order, for_each_segment, part_range, stripes};
 use crate::storage::FileWork;
+#[cfg(feature = "object")]
+use crate::storage::ObjectWork;
 use crate::window::Grant;
 
 /// A stream gets no stripe below this size: a stripe costs a frame, an answer, and the attention of
@@ -26,6 +28,9 @@ pub(crate) enum Path {
     Stream { stripes: Vec<Stripe> },
     /// From or to a file.
     File(Arc<FileWork>),
+    /// From or to objects.
+    #[cfg(feature = "object")]
+    Objects(Arc<ObjectWork>),
 }
 
 /// A stretch of one pair of sets, to go over one stream.
@@ -62,9 +67,20 @@ pub(crate) struct Work {
 impl Work {
     /// The requests of an operation on a file.
     pub(crate) fn file(&self) -> Option<&FileWork> {
-        match &self.path {
-            Path::File(work) => Some(work),
-            Path::Copy { .. } | Path::Stream { .. } => None,
+        if let Path::File(work) = &self.path {
+            Some(work)
+        } else {
+            None
+        }
+    }
+
+    /// The objects of an operation on an object store.
+    #[cfg(feature = "object")]
+    pub(crate) fn objects(&self) -> Option<&Arc<ObjectWork>> {
+        if let Path::Objects(work) = &self.path {
+            Some(work)
+        } else {
+            None
         }
     }
 

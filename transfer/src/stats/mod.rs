@@ -260,6 +260,7 @@ const fn index_of(outcome: &Result<(), TransferError>) -> usize {
         Err(
             TransferError::Storage(_)
             | TransferError::Inaccessible { .. }
+            | TransferError::Injected
             | TransferError::StillInFlight { .. },
         ) => 6,
     }

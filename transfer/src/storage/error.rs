@@ -49,9 +49,6 @@ pub enum OpenError {
         /// What the store's client says.
         message: String,
     },
-    /// This build has no object stores (feature `object`).
-    #[error("this build has no object stores; accepted: a build with the feature `object`")]
-    NoObjectStores,
     /// The agent is shut down.
     #[error("the agent is shut down")]
     AgentStopped,

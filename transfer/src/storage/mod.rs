@@ -9,6 +9,8 @@ mod config;
 mod error;
 mod file;
 mod measure;
+#[cfg(feature = "object")]
+mod object;
 
 use std::sync::{Arc, Weak};
 
@@ -20,11 +22,19 @@ pub use config::{
 };
 pub use error::{OpenError, StorageAction, StorageError, StorageErrorKind};
 pub use file::{FileBlocks, FileRanges, FileStore};
+#[cfg(feature = "object")]
+pub use object::{
+    AzureConfig, AzureCredentials, GcsConfig, GcsCredentials, ObjectBlocks, ObjectConfig,
+    ObjectInfo, ObjectLocation, ObjectStore, S3Config, S3Credentials, Secret,
+};
 
 pub(crate) use file::{
     FileWork, prepare_blocks as prepare_file_blocks,
     prepare_descriptors as prepare_file_descriptors,
 };
+
+#[cfg(feature = "object")]
+pub(crate) use object::{ObjectWork, prepare_objects};
 
 use crate::agent::Session;
 use crate::error::{LossCause, Rejection, TransferError};
@@ -35,6 +45,8 @@ use crate::op::{Notification, TransferState};
 #[derive(Debug, Default)]
 pub(crate) struct Storage {
     files: Mutex<Option<Arc<file::Engine>>>,
+    #[cfg(feature = "object")]
+    objects: Mutex<Option<Arc<object::Engine>>>,
     sessions: Mutex<Vec<Weak<Session>>>,
 }
 
@@ -51,6 +63,24 @@ impl Storage {
         }
         let engine = Arc::new(file::Engine::start(agent, config)?);
         *files = Some(engine.clone());
+        Ok(engine)
+    }
+
+    /// The engine for objects, started now if it is the first time.
+    #[cfg(feature = "object")]
+    fn object_engine(&self, config: &StorageConfig) -> Result<Arc<object::Engine>, OpenError> {
+        let mut objects = self.objects.lock();
+        if let Some(engine) = &*objects {
+            return Ok(engine.clone());
+        }
+        let engine =
+            object::Engine::start(config.object_concurrency).map_err(|source| OpenError::Io {
+                what: "start a runtime",
+                name: "for objects".to_owned(),
+                source,
+            })?;
+        let engine = Arc::new(engine);
+        *objects = Some(engine.clone());
         Ok(engine)
     }
 
@@ -80,6 +110,11 @@ impl Storage {
         }
         let files = self.files.lock().take();
         drop(files);
+        #[cfg(feature = "object")]
+        {
+            let objects = self.objects.lock().take();
+            drop(objects);
+        }
     }
 }
 

@@ -601,7 +601,7 @@ impl Backend for WireClient {
             Some(Path::Stream { stripes }) => &stripes[..],
             // Only the answer to the notification is missing.
             None => &[],
-            Some(Path::Copy { .. } | Path::File(_)) => return,
+            Some(_) => return,
         };
         let at = stripes.first().map(|stripe| self.data_at[stripe.stream]);
         let at = at.unwrap_or(self.control_at);

@@ -381,6 +381,45 @@ fn delayed_operations_arrive_whole() {
 }
 
 #[test]
+fn torn_writes_fail_and_leave_a_part() {
+    let folder = disk();
+    for engine in ENGINES {
+        let agent = agent_with(engine, |config| {
+            config.faults = Some(FaultConfig {
+                torn: 1.0,
+                delay_max: Duration::from_millis(20),
+                ..FaultConfig::seeded(3)
+            });
+        });
+        let mut landed = 0;
+        for round in 0..8 {
+            let path = folder.path().join(format!("torn-{round}"));
+            std::fs::write(&path, vec![0; 64 * 32768]).unwrap();
+            let file = open(&agent, &path, DirectIo::On);
+            let memory = arena(&agent, 64 * 32768);
+            let written = fill(&memory, 9);
+            let blocks = Blocks::flat(64, 32768, &(0..64).collect::<Vec<_>>());
+            let write = prepare(&agent, Op::Write, (&memory, &blocks), (&file, &blocks)).unwrap();
+            assert_eq!(run(&write), Err(TransferError::Injected));
+            let content = file_bytes(&path);
+            let (mut there, mut missing) = (0, 0);
+            for at in (0..content.len()).step_by(32768) {
+                let block = &content[at..at + 32768];
+                if block == &written[at..at + 32768] {
+                    there += 1;
+                } else {
+                    assert!(block.iter().all(|&byte| byte == 0), "half a request");
+                    missing += 1;
+                }
+            }
+            assert!(missing > 0, "all of it landed");
+            landed += there;
+        }
+        assert!(landed > 0, "nothing landed in eight rounds");
+    }
+}
+
+#[test]
 fn released_memory_does_not_stay_registered() {
     let folder = disk();
     let agent = agent(FileEngine::Uring);

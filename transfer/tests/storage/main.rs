@@ -11,5 +11,9 @@ mod durable;
 mod faults;
 mod files;
 mod model;
+#[cfg(feature = "object")]
+mod objects;
 mod refused;
+#[cfg(feature = "object")]
+mod server;
 mod support;

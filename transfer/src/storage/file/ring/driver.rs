@@ -28,13 +28,17 @@ const CANCEL: u64 = u64::MAX - 1;
 /// Tickets below those of `WAKE` and `CANCEL`.
 const GENERATIONS: u32 = u32::MAX >> 1;
 
-/// Parts that one transfer gets before the next one has its turn.
-const TURN: u32 = 32;
+/// Requests that one transfer gets before the next one has its turn, and their bytes. Transfers
+/// that are small beside this end one after the other, so that whoever waits for the first can
+/// post the next while the device still has work.
+const TURN: u32 = 256;
+const TURN_BYTES: u64 = 8 << 20;
 
-/// From this many requests in flight on, the thread waits for several completions at once ...
-const BATCH_FROM: usize = 8;
+/// Most completions that the thread waits for at once.
+const BATCH_MAX: usize = 32;
 
-/// ... but not longer than this, also when something new is posted meanwhile.
+/// Waiting for several completions ends after this time, also when something new is posted
+/// meanwhile.
 const BATCH_WAIT: Duration = Duration::from_micros(100);
 
 /// Requests that the kernel interrupts for no fault of theirs are submitted again this often.
@@ -93,6 +97,9 @@ pub(super) struct Driver {
     quitting: bool,
     vectored_fixed: bool,
     depth: usize,
+    /// How many completions come within [`BATCH_WAIT`], as far as is known: waiting for that many
+    /// at once saves wake-ups.
+    batch: usize,
 }
 
 impl Drop for Driver {
@@ -133,6 +140,7 @@ impl Driver {
             quitting: false,
             vectored_fixed: probed && probe.is_supported(opcode::ReadvFixed::CODE),
             depth: depth as usize,
+            batch: 1,
         })
     }
 
@@ -177,8 +185,11 @@ impl Driver {
             }
             self.arm_wake();
             let parked = self.mailbox.park();
-            self.wait(parked);
-            self.reap();
+            let waited_for = self.wait(parked);
+            let reaped = self.reap();
+            if let Some(batch) = waited_for {
+                self.batch = next_batch(batch, reaped).min(self.flying / 4);
+            }
         }
         // The last read of the eventfd is outstanding: let it complete.
         while self.wake_armed {
@@ -225,7 +236,7 @@ impl Driver {
 
     /// Gives the kernel as much as it may have at a time.
     fn fill(&mut self) {
-        let mut turn = 0;
+        let (mut turn, mut turn_bytes) = (0, 0);
         while let Some(place) = self.free.last().copied() {
             let Some(job) = self.jobs.front().cloned() else {
                 return;
@@ -236,6 +247,8 @@ impl Driver {
                     self.generation = self.generation.wrapping_add(1) & GENERATIONS;
                     let ticket = u64::from(self.generation) << 32 | u64::from(place);
                     self.flying += 1;
+                    turn += 1;
+                    turn_bytes += bytes_of(&job, part);
                     self.launch(Flight {
                         job,
                         ticket,
@@ -244,14 +257,13 @@ impl Driver {
                         retries: 0,
                         iovecs: Vec::new(),
                     });
-                    turn += 1;
-                    if turn == TURN {
-                        turn = 0;
+                    if turn >= TURN || turn_bytes >= TURN_BYTES {
+                        (turn, turn_bytes) = (0, 0);
                         self.jobs.rotate_left(1);
                     }
                 }
                 None => {
-                    turn = 0;
+                    (turn, turn_bytes) = (0, 0);
                     self.jobs.pop_front();
                 }
             }
@@ -339,13 +351,17 @@ impl Driver {
     }
 
     /// Submits, and waits if nothing has come in.
-    fn wait(&self, parked: bool) {
+    /// Returns the number of completions that it waited for.
+    fn wait(&self, parked: bool) -> Option<usize> {
         if !parked {
             self.enter(0, None);
-        } else if self.flying >= BATCH_FROM && self.ring.params().is_feature_ext_arg() {
-            self.enter((self.flying / 4).min(32), Some(BATCH_WAIT));
+            None
+        } else if self.batch > 1 && self.ring.params().is_feature_ext_arg() {
+            self.enter(self.batch, Some(BATCH_WAIT));
+            Some(self.batch)
         } else {
             self.enter(1, None);
+            Some(1)
         }
     }
 
@@ -369,11 +385,14 @@ impl Driver {
         }
     }
 
-    fn reap(&mut self) {
+    /// Returns how many completions there were.
+    fn reap(&mut self) -> usize {
+        let mut reaped = 0;
         loop {
             let Some(completion) = self.ring.completion().next() else {
-                return;
+                return reaped;
             };
+            reaped += 1;
             match completion.user_data() {
                 WAKE => self.wake_armed = false,
                 CANCEL => {}
@@ -442,6 +461,18 @@ impl Driver {
     }
 }
 
+/// How many completions to wait for, after `reaped` came while `batch` were waited for: more if
+/// that was soon enough, only as many as come by themselves if not.
+fn next_batch(batch: usize, reaped: usize) -> usize {
+    if reaped > batch || (reaped == batch && batch > 1) {
+        (batch + 1 + batch / 4).min(BATCH_MAX)
+    } else if reaped < batch {
+        reaped
+    } else {
+        batch
+    }
+}
+
 /// Claims the next part of a job; `None` when there is none, or none yet.
 fn next_part(job: &Job) -> Option<u32> {
     let file = job.file()?;
@@ -453,6 +484,11 @@ fn next_part(job: &Job) -> Option<u32> {
     let part = job.transfer.claim_part()?;
     job.claimed.set(part + 1);
     Some(part)
+}
+
+fn bytes_of(job: &Job, part: u32) -> u64 {
+    let request = job.file().and_then(|file| file.requests.get(part));
+    request.map_or(0, |request| request.bytes.into())
 }
 
 fn place_of(ticket: u64) -> usize {
