@@ -131,10 +131,12 @@ pub(super) fn memlock() -> Finding {
         name: "memlock",
         verdict: if low { Verdict::Limited } else { Verdict::Ok },
         found,
-        used: "not by this version's CPU lanes; RDMA and GPU arenas have to pin their memory"
+        used: "by the file lane, whose registered buffers are pinned; RDMA and GPU arenas have to pin \
+               their memory"
             .to_owned(),
         advice: if low {
-            "for RDMA or GPUs set 'ulimit -l unlimited' (container: --ulimit memlock=-1)".to_owned()
+            "for RDMA, GPUs or files set 'ulimit -l unlimited' (container: --ulimit memlock=-1)"
+                .to_owned()
         } else {
             String::new()
         },
@@ -185,7 +187,35 @@ pub(super) fn io_uring(roots: &Roots<'_>) -> Finding {
         name: "io_uring",
         verdict,
         found,
-        used: "not by this version; the file lane will".to_owned(),
+        used:
+            "by the file lane; where it is forbidden (sandboxes do that too) threads take its place"
+                .to_owned(),
+        advice: advice.to_owned(),
+    }
+}
+
+/// Whether the kernel may copy between processes of one user, for memory that is not an arena.
+pub(super) fn process_copies(roots: &Roots<'_>) -> Finding {
+    let scope = read(roots.proc.join("sys/kernel/yama/ptrace_scope"));
+    let (verdict, found, advice) = match scope.as_deref() {
+        None | Some("0") => (
+            Verdict::Ok,
+            "the kernel copies between processes of one user".to_owned(),
+            "",
+        ),
+        Some(scope) => (
+            Verdict::Limited,
+            format!("kernel.yama.ptrace_scope is {scope}"),
+            "as root: sysctl kernel.yama.ptrace_scope=0, or allocate blocks as arenas",
+        ),
+    };
+    Finding {
+        name: "process copies",
+        verdict,
+        found,
+        used:
+            "by the shm lane for memory that is not an arena; else such memory goes over a socket"
+                .to_owned(),
         advice: advice.to_owned(),
     }
 }

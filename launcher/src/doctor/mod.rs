@@ -95,6 +95,7 @@ fn examine(roots: &Roots<'_>) -> Vec<Finding> {
         host::memlock(),
         host::open_files(),
         host::io_uring(roots),
+        host::process_copies(roots),
         host::temporary_directory(roots),
     ];
     findings.extend(host::disks(roots));
@@ -200,6 +201,7 @@ mod tests {
             ),
             ("proc/sys/kernel/io_uring_disabled", "0"),
             ("proc/sys/kernel/osrelease", "6.1.0-test"),
+            ("proc/sys/kernel/yama/ptrace_scope", "1"),
             ("dev/nvidia0", ""),
             ("lib/libcuda.so.1", ""),
             ("lib/libnvrtc.so.13", ""),
@@ -214,8 +216,10 @@ mod tests {
         for name in ["huge pages", "io_uring"] {
             assert_eq!(verdict(&findings, name), Verdict::Ok, "{name}");
         }
+        assert_eq!(verdict(&findings, "process copies"), Verdict::Limited);
         for (name, expected) in [
             ("CUDA", "580.1"),
+            ("process copies", "ptrace_scope is 1"),
             ("RDMA verbs", "mlx5_0"),
             ("memory", "0.5 GiB available"),
         ] {
