@@ -45,7 +45,7 @@ REQUIREMENTS = ROOT / "tests/requirements.txt"
 GROUPS = {
     "unit": "every crate's own tests, the doc tests, and the shape of the repository",
     "e2e": "whole deployments of real processes",
-    "faults": "processes killed, stopped and cut off; seeded schedules; leaks",
+    "faults": "processes killed, stopped and cut off; seeded schedules; leaks; liars",
     "hosts": "two hosts, as network namespaces, with a wire that is cut",
     "python": "the OpenAI client against a running deployment",
 }
@@ -62,6 +62,7 @@ OWN_GROUP = {
     "faults": "faults",
     "chaos": "faults",
     "leaks": "faults",
+    "hostile": "faults",
     "hosts": "hosts",
 }
 # Tests at a time. They start several processes each and mostly wait for them. On 2 cores e2e took 26 s

@@ -154,7 +154,7 @@ pub(crate) fn ask(core: &Core, address: &str, until: Instant) -> Result<Vec<u8>,
         LaneFailure::Stale => AskFailure::Unreachable("another agent answers".to_owned()),
     };
     let blob = match path {
-        Some(path) => ask_metadata(&mut shm::connect(path, until).map_err(unreachable)?, until),
+        Some(path) => ask_metadata(&mut shm::connect(path).map_err(unreachable)?, until),
         None => {
             let mut socket = tcp::connect(core, address, until).map_err(unreachable)?;
             match &core.tls {

@@ -10,12 +10,12 @@ use std::time::Instant;
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use super::{LaneFailure, Opened, greeting, time_left};
+use super::{LaneFailure, Opened, greeting};
 use crate::agent::Core;
 use crate::peer::Metadata;
 use crate::wire::{
-    ConnectedWire, HandshakeFailure, HelloRole, NotificationChannel, Socket, WireClient, greet,
-    process_of,
+    ConnectedWire, HandshakeFailure, HelloRole, NotificationChannel, Socket, Until, WireClient,
+    greet, process_of,
 };
 
 pub(super) fn open(
@@ -31,20 +31,20 @@ pub(super) fn open(
     if addresses.host != core.host() {
         return Err(LaneFailure::unusable("the peer is on another host"));
     }
-    let mut control = connect(path, until)?;
-    let process = process_of(std::os::fd::AsFd::as_fd(&control));
+    let mut control = Until::new(connect(path)?, until);
+    let process = process_of(std::os::fd::AsFd::as_fd(&control.socket));
     let hello = greeting(core, metadata, HelloRole::Control);
     let welcome = greet(&mut control, &hello)?;
-    let mut data = connect(path, until)?;
+    let mut data = Until::new(connect(path)?, until);
     let role = HelloRole::Data {
         nonce: welcome.nonce,
     };
     greet(&mut data, &greeting(core, metadata, role))?;
-    let control = Socket::new(control.into()).map_err(HandshakeFailure::Io)?;
+    let control = Socket::new(control.socket.into()).map_err(HandshakeFailure::Io)?;
     let notifications = NotificationChannel::receive(&control, until)?;
     let wire = ConnectedWire {
         control,
-        data: vec![Socket::new(data.into()).map_err(HandshakeFailure::Io)?],
+        data: vec![Socket::new(data.socket.into()).map_err(HandshakeFailure::Io)?],
         peer_loss_timeout: welcome.loss_timeout,
         reads_max: welcome.reads_max,
         process,
@@ -60,7 +60,7 @@ pub(super) fn open(
 }
 
 /// Connects without ever blocking on a peer that does not accept.
-pub(crate) fn connect(path: &str, until: Instant) -> Result<UnixStream, LaneFailure> {
+pub(crate) fn connect(path: &str) -> Result<UnixStream, LaneFailure> {
     let cannot = |error: rustix::io::Errno| {
         LaneFailure::unusable(format_args!("cannot connect to {path}: {error}"))
     };
@@ -70,13 +70,5 @@ pub(crate) fn connect(path: &str, until: Instant) -> Result<UnixStream, LaneFail
     let address = SocketAddrUnix::new(path).map_err(cannot)?;
     rustix::net::connect(&socket, &address).map_err(cannot)?;
     rustix::io::ioctl_fionbio(&socket, false).map_err(cannot)?;
-    let stream = UnixStream::from(socket);
-    let left = Some(time_left(until)?);
-    stream
-        .set_read_timeout(left)
-        .map_err(HandshakeFailure::Io)?;
-    stream
-        .set_write_timeout(left)
-        .map_err(HandshakeFailure::Io)?;
-    Ok(stream)
+    Ok(UnixStream::from(socket))
 }

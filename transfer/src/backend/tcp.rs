@@ -9,8 +9,8 @@ use super::{LaneFailure, Opened, greeting, time_left};
 use crate::agent::Core;
 use crate::peer::Metadata;
 use crate::wire::{
-    ConnectedWire, HandshakeFailure, Hello, HelloRole, Socket, Welcome, WireClient, greet, tune,
-    tune_data,
+    ConnectedWire, HandshakeFailure, Hello, HelloRole, Socket, Until, Welcome, WireClient, greet,
+    tune, tune_data,
 };
 
 pub(super) fn open(
@@ -55,9 +55,9 @@ fn enter(
     hello: &Hello,
     until: Instant,
 ) -> Result<(Socket, Welcome), LaneFailure> {
-    let mut stream = connect(core, address, until)?;
+    let mut stream = Until::new(connect(core, address, until)?, until);
     if matches!(hello.role, HelloRole::Data { .. }) {
-        tune_data(stream.as_fd(), &core.config).map_err(HandshakeFailure::Io)?;
+        tune_data(stream.socket.as_fd(), &core.config).map_err(HandshakeFailure::Io)?;
     }
     let (welcome, session) = match &core.tls {
         None => (greet(&mut stream, hello)?, None),
@@ -66,7 +66,7 @@ fn enter(
             (welcome, Some(session))
         }
     };
-    let socket = Socket::new(stream.into()).map_err(HandshakeFailure::Io)?;
+    let socket = Socket::new(stream.socket.into()).map_err(HandshakeFailure::Io)?;
     if let Some(session) = session {
         socket.secure(session);
     }
@@ -86,13 +86,6 @@ pub(crate) fn connect(
         match TcpStream::connect_timeout(&address, time_left(until)?) {
             Ok(stream) => {
                 tune(stream.as_fd(), &core.config).map_err(HandshakeFailure::Io)?;
-                let left = Some(time_left(until)?);
-                stream
-                    .set_read_timeout(left)
-                    .map_err(HandshakeFailure::Io)?;
-                stream
-                    .set_write_timeout(left)
-                    .map_err(HandshakeFailure::Io)?;
                 return Ok(stream);
             }
             Err(error) => {

@@ -4,6 +4,10 @@ use std::ops::Range;
 
 use crate::plan::{BlockIds, BlockLayout, BlockSet, LayoutError, Order, Segments};
 
+/// Runs that are looked up one by one in a window over ranges; what a peer asks for takes this
+/// agent's time.
+const RUNS_MAX: u64 = 1 << 24;
+
 /// The part of a region that a window opens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WindowScope {
@@ -157,6 +161,12 @@ impl Scope {
         match self {
             Self::Region => Ok(()),
             Self::Ranges(ranges) => {
+                if set.runs() > RUNS_MAX {
+                    return Err(format!(
+                        "{} runs; a window over ranges is looked up for up to {RUNS_MAX}",
+                        set.runs()
+                    ));
+                }
                 for (offset, bytes) in Segments::new(set, Order::BlockMajor, 0..set.bytes()) {
                     let at = ranges.partition_point(|range| range.end <= offset);
                     let inside = ranges

@@ -334,6 +334,10 @@ impl WireClient {
         }
     }
 
+    fn is_asked(&self, number: u32) -> bool {
+        matches!(self.questions.lock().open.get(&number), Some(None))
+    }
+
     fn answer(&self, number: u32, answer: Answer) {
         let mut questions = self.questions.lock();
         // Nobody waits any more for an answer that comes too late.
@@ -371,6 +375,9 @@ impl WireClient {
                 };
                 self.answer(header.part, Answer::Region(answer, file));
             }
+            // Nobody waits for it any more, or nobody has asked: a WINDOW_CLOSE is answered all the
+            // same.
+            Kind::Window if !self.is_asked(header.part) => {}
             Kind::Window if code == Code::Ok => {
                 let spec = decode_grant(body).ok_or(Violation("malformed WINDOW"))?;
                 let id = WindowId(header.id);

@@ -1,8 +1,9 @@
 //! The first frames of a connection.
 
 use std::io::{self, Read, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::ask::Timed;
 use super::frame::{Code, HEADER_BYTES, Header, Kind};
 use crate::peer::{Reader, Short, Writer};
 
@@ -173,6 +174,46 @@ impl Welcome {
 
 fn millis(duration: Duration) -> u32 {
     u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
+}
+
+/// A blocking socket on which everything together ends at one deadline: the other side may send a
+/// byte now and then.
+#[derive(Debug)]
+pub(crate) struct Until<S> {
+    pub(crate) socket: S,
+    until: Instant,
+}
+
+impl<S: Timed> Until<S> {
+    pub(crate) const fn new(socket: S, until: Instant) -> Self {
+        Self { socket, until }
+    }
+
+    fn limit(&self) -> io::Result<()> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.socket.bound(left)
+    }
+}
+
+impl<S: Timed> Read for Until<S> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.limit()?;
+        self.socket.read(into)
+    }
+}
+
+impl<S: Timed> Write for Until<S> {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        self.limit()?;
+        self.socket.write(from)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.socket.flush()
+    }
 }
 
 /// Says hello on a blocking socket with timeouts and waits for the answer.

@@ -26,7 +26,7 @@ mod watch;
 pub(crate) use ask::ask_metadata;
 pub(crate) use channel::NotificationChannel;
 pub(crate) use client::{ConnectedWire, WireClient};
-pub(crate) use handshake::{HandshakeFailure, Hello, HelloRole, Welcome, greet};
+pub(crate) use handshake::{HandshakeFailure, Hello, HelloRole, Until, Welcome, greet};
 pub(crate) use incoming::Incoming;
 pub(crate) use listen::Listeners;
 pub(crate) use reactor::{Reactors, Wanted};

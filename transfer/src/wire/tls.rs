@@ -90,7 +90,7 @@ impl TlsContext {
     /// Shakes hands and says hello on a blocking socket with timeouts.
     pub(crate) fn greet(
         &self,
-        socket: &mut TcpStream,
+        socket: &mut (impl Read + Write),
         address: &str,
         hello: &Hello,
     ) -> Result<(Welcome, TlsSession), HandshakeFailure> {

@@ -12,7 +12,8 @@ use crate::blocks::{self, Blocks, copy};
 use crate::flight::{Canary, Flight};
 use crate::link::{Gone, Link};
 use crate::owner::{GUARDED, REGIONS, from_hex};
-use crate::random::{Random, pattern};
+use crate::pattern::pattern;
+use crate::random::Random;
 use crate::{SLOT, SLOTS, WAIT};
 
 const LOCAL_SLOTS: usize = 12;

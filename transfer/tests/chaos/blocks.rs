@@ -7,6 +7,7 @@ use blockplane_transfer::{
     BlockLayout, LocalBlocks, Peer, RegionId, Registration, RemoteBlocks, WindowId,
 };
 
+use crate::pattern::ids;
 use crate::random::Random;
 use crate::{BLOCK, BLOCKS, SLOT, SLOTS};
 
@@ -54,7 +55,7 @@ pub(crate) fn pair(
                 layer_stride,
                 run_bytes: run,
             },
-            ids: random.ids(blocks, count).into(),
+            ids: ids(random, blocks, count).into(),
             layers: 0..layers,
         }
     };

@@ -9,7 +9,7 @@ use blockplane_transfer::{
 use crate::actor::{Actor, Slot};
 use crate::link::Gone;
 use crate::owner::GUARDED;
-use crate::random::pattern;
+use crate::pattern::pattern;
 use crate::{SLOT, WAIT};
 
 /// A posted operation, once or twice, and what it is going to have done.
@@ -309,6 +309,10 @@ impl Actor {
         }
         if end.loose && (flight.note.is_some() || self.owner_places(region)) {
             self.slots[region][slot] = Slot::Dead;
+            // The notification may still come: what it promises must not be replaced.
+            if region == GUARDED && flight.note.is_some() {
+                self.windows[slot] = None;
+            }
             return Ok(());
         }
         let tag = self.tag();

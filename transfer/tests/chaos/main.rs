@@ -22,6 +22,7 @@ mod blocks;
 mod flight;
 mod link;
 mod owner;
+mod pattern;
 mod proxy;
 mod random;
 mod world;

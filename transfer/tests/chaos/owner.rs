@@ -11,7 +11,7 @@ use blockplane_transfer::{
 use parking_lot::{Condvar, Mutex};
 
 use crate::blocks::window_layout;
-use crate::random::pattern;
+use crate::pattern::pattern;
 use crate::{BLOCKS, SLOT, SLOTS, WAIT};
 
 /// An arena open to peers, an arena behind windows, ordinary memory open to peers.

@@ -30,26 +30,4 @@ impl Random {
     pub(crate) const fn chance(&mut self, percent: u64) -> bool {
         self.below(100) < percent
     }
-
-    /// `count` different numbers below `of`, in no order.
-    pub(crate) fn ids(&mut self, of: u32, count: u32) -> Vec<u32> {
-        let mut ids: Vec<u32> = (0..of).collect();
-        for at in 0..count as usize {
-            let other = at + self.index(ids.len() - at);
-            ids.swap(at, other);
-        }
-        ids.truncate(count as usize);
-        ids
-    }
-}
-
-/// `len` bytes that belong to `tag`; those of two tags differ nearly everywhere.
-pub(crate) fn pattern(tag: u64, len: usize) -> Vec<u8> {
-    let mut random = Random::new(tag.wrapping_mul(0xa076_1d64_78bd_642f));
-    let mut bytes = Vec::with_capacity(len + 8);
-    while bytes.len() < len {
-        bytes.extend_from_slice(&random.next().to_le_bytes());
-    }
-    bytes.truncate(len);
-    bytes
 }

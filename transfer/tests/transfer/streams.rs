@@ -50,6 +50,36 @@ fn reads_beyond_what_the_peer_holds_open_wait_their_turn() {
     assert!(pair.peer.is_connected());
 }
 
+/// A READ that waits for its turn is called off in the moment in which its turn comes: those behind
+/// it do not wait for ever.
+#[test]
+fn a_read_that_is_called_off_leaves_its_turn_to_the_next() {
+    let pair = pair(|config| config.peer_reads_max = 1);
+    let (local, remote) = (arena(&pair.a, 64 << 10), arena(&pair.b, 64 << 10));
+    let prepared: Vec<_> = (0..3)
+        .map(|id| {
+            let block = Blocks::flat(4, 16 << 10, &[id]);
+            let prepared = pair.prepare(Op::Read, (&local, &block), (&remote, &block), None);
+            prepared.unwrap()
+        })
+        .collect();
+    for round in 0..500u32 {
+        let options = || PostOptions::within(WAIT * 2);
+        let posted: Vec<_> = prepared
+            .iter()
+            .map(|prepared| prepared.post(options()).unwrap())
+            .collect();
+        let [first, second, third] = <[_; 3]>::try_from(posted).unwrap();
+        for _ in 0..round {
+            std::hint::spin_loop();
+        }
+        second.request_cancel();
+        first.wait(WAIT).unwrap();
+        third.wait(WAIT).unwrap();
+        let _ = second.cancel();
+    }
+}
+
 /// Small kernel buffers: frames are sent and received in pieces of any size, in both directions of
 /// one stream at once.
 #[test]

@@ -30,6 +30,10 @@ const BYTES_PER_COMMAND: usize = 256 << 10;
 /// Room for bytes that are received ahead. What belongs to blocks is copied out of it, so it is
 /// small; enough for the headers of a few frames and a block of 4 KiB.
 const AHEAD_BYTES: usize = 4608;
+/// Bytes of id lists of a peer's READs that may wait before nothing more is received from it.
+const ID_BYTES_MAX: usize = 64 << 20;
+/// Longest stretch whose pieces are looked for at a time. Many tiny runs can be one piece.
+const FILL_BYTES_MAX: u64 = 8 << 20;
 /// Frames handled before other connections get their turn.
 const FRAMES_PER_TURN: usize = 1024;
 /// Answers that may wait for an initiator that does not read them.
@@ -150,6 +154,8 @@ struct Tx {
     answers_first: usize,
     /// Target: READs whose end is not sent.
     reads_open: usize,
+    /// Target: bytes of the id lists of queued READs.
+    id_bytes: usize,
 }
 
 enum Out {
@@ -222,6 +228,8 @@ enum Origin {
 enum Turn {
     WouldBlock,
     Over,
+    /// More has to be sent before anything is received.
+    Full,
 }
 
 impl DataStream {
@@ -245,6 +253,7 @@ impl DataStream {
                 answers: Vec::new(),
                 answers_first: 0,
                 reads_open: 0,
+                id_bytes: 0,
             },
             readable: true,
             writable: true,
@@ -260,17 +269,27 @@ impl DataStream {
             match self.receive(bytes) {
                 Ok(Turn::WouldBlock) => self.readable = false,
                 Ok(Turn::Over) => again = true,
+                // Goes on when the peer has taken some of what waits for it.
+                Ok(Turn::Full) => {}
                 Err(cause) => return self.lose(cause),
             }
         }
+        let full = self.full();
         if self.writable {
             match self.transmit(bytes) {
-                Ok(Turn::WouldBlock) => {}
+                Ok(Turn::WouldBlock | Turn::Full) => {}
                 Ok(Turn::Over) => again = true,
                 Err(cause) => return self.lose(cause),
             }
         }
+        again |= full && !self.full();
         if again { Flow::Again } else { Flow::Keep }
+    }
+
+    /// Target: such long lists wait to be served that nothing more is received. Few bytes can name
+    /// many blocks, and a peer that does not fetch what it asks for gets no further.
+    const fn full(&self) -> bool {
+        self.tx.id_bytes > ID_BYTES_MAX
     }
 
     fn lose(&self, cause: LossCause) -> Flow {
@@ -347,9 +366,15 @@ impl DataStream {
 
     /// The target has ended a READ: the next one may begin. False when none was open.
     fn read_ended(&mut self) -> bool {
-        let open = self.rx.reads_open > 0;
+        let Role::Initiator(client) = &self.role else {
+            return false;
+        };
+        let (limit, open) = (client.reads_max(), self.rx.reads_open > 0);
         self.rx.reads_open -= usize::from(open);
-        if open && let Some((transfer, part)) = self.rx.reads_waiting.pop_front() {
+        // One that was called off meanwhile does not begin, and leaves its place to the next.
+        while self.rx.reads_open < limit
+            && let Some((transfer, part)) = self.rx.reads_waiting.pop_front()
+        {
             self.start(transfer, part);
         }
         open
@@ -410,6 +435,7 @@ fn push_rest(pieces: &mut Pieces, buffer: &mut [u8], done: usize) {
 
 /// Adds the pieces of a logical range, as many as one system call takes.
 fn fill(pieces: &mut Pieces, region: &Region, set: &BlockSet, order: Order, range: Range<u64>) {
+    let range = range.start..range.end.min(range.start.saturating_add(FILL_BYTES_MAX));
     for (offset, bytes) in Segments::new(set, order, range) {
         if pieces.full() {
             break;

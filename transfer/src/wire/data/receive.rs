@@ -21,6 +21,10 @@ impl DataStream {
         // A call that received less than it had room for has emptied the socket.
         let mut drained = false;
         while bytes < bytes_max && frames < FRAMES_PER_TURN {
+            if self.full() {
+                self.heard(bytes);
+                return Ok(Turn::Full);
+            }
             if self.consume(&mut frames)? {
                 continue;
             }
@@ -374,6 +378,7 @@ impl DataStream {
             }
             Ok(stripe) => {
                 let range = stripe.range.clone();
+                self.tx.id_bytes += id_bytes(&stripe.set);
                 let done = Header::new(Kind::ReadDone, key.0, key.1).code(Code::Ok);
                 self.tx.queue.push_back(Out::Stripe(Box::new(OutStripe {
                     key,
@@ -455,4 +460,12 @@ fn blocks<'a>(
         order: set.order,
         range,
     })
+}
+
+/// Bytes that the ids of a set take.
+pub(super) fn id_bytes(set: &BlockSet) -> usize {
+    match set.ids.as_span() {
+        Some(_) => 0,
+        None => set.ids.len() * size_of::<u32>(),
+    }
 }

@@ -4,6 +4,7 @@ use std::io;
 
 use super::super::frame::{Code, HEADER_BYTES, Header, Kind};
 use super::super::socket::Pieces;
+use super::receive::id_bytes;
 use super::{
     Chunk, DataStream, Key, Origin, Out, OutStripe, Role, SCRATCH_BYTES, Turn, Tx, ZEROS, fill,
     push_rest,
@@ -114,7 +115,8 @@ impl DataStream {
                     }
                 }
             }
-            (Origin::Served(_), _) => {
+            (Origin::Served(served), _) => {
+                self.tx.id_bytes -= id_bytes(&served.set);
                 if stripe.complete() {
                     self.tx.reads_open -= 1;
                 } else {
