@@ -370,6 +370,9 @@ impl TransferState {
         };
         for counters in [&self.core.counters, self.session.counters()] {
             counters.finished(lane, op, outcome, bytes, elapsed);
+            if self.notification.is_some() && outcome.is_ok() {
+                counters.notified();
+            }
         }
         if let (Some(op), Ok(())) = (op, outcome) {
             self.session.meter().record(op, bytes, elapsed);

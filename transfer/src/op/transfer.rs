@@ -38,6 +38,28 @@ pub enum CancelOutcome {
 
 /// A posted operation. It can be polled, waited for, awaited and cancelled; dropping the handle
 /// cancels in the background. The memory it names stays registered until no byte moves any more.
+///
+/// Its deadline is its own: awaiting needs no timer around it, in any executor.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use blockplane_transfer::{PostOptions, Prepared, TransferError};
+///
+/// /// How long it took, or `None` when it missed its deadline.
+/// async fn send(prepared: &Prepared) -> Result<Option<Duration>, Box<dyn std::error::Error>> {
+///     let options = PostOptions::within(Duration::from_millis(50)).notify("there");
+///     let mut transfer = prepared.post(options)?;
+///     match (&mut transfer).await {
+///         Ok(()) => Ok(transfer.telemetry().map(|told| told.total)),
+///         // No byte of it moves any more: the memory can be used for something else.
+///         Err(TransferError::DeadlineExceeded { .. }) => Ok(None),
+///         Err(error) => Err(error.into()),
+///     }
+/// }
+/// ```
+///
+/// The ends of many transfers are better had from one [`CompletionQueue`](crate::CompletionQueue).
 #[must_use = "dropping a transfer cancels it"]
 pub struct Transfer {
     state: Arc<TransferState>,

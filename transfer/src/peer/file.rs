@@ -3,9 +3,9 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::metadata::{METADATA_BYTES_MAX, Metadata};
+use crate::agent::random_u64;
 use crate::error::MetadataError;
 
 /// Why metadata could not be written to a file or read from one.
@@ -75,12 +75,11 @@ pub(super) fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
 /// Writes a file beside `path` and gives it that name. It is not forced to the disk: after a crash
 /// of the machine nobody needs it.
 pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
     let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
     let mut draft = std::ffi::OsString::from(".");
     draft.push(name);
-    let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    draft.push(format!(".{}.{number}.draft", std::process::id()));
+    // Not a process id: those repeat in containers, and hosts share folders.
+    draft.push(format!(".{:016x}.draft", random_u64()?));
     let draft = path.with_file_name(draft);
     let written = File::create_new(&draft)
         .and_then(|mut file| file.write_all(bytes))

@@ -41,6 +41,8 @@ pub struct AgentStats {
     pub bytes_done: u64,
     /// The same by lane and direction, with times; those that were used.
     pub flows: Vec<FlowStats>,
+    /// Notifications that reached their peer, alone or behind a transfer.
+    pub notifications_sent: u64,
     /// Notifications received.
     pub notifications_received: u64,
     /// Notifications refused because the queue was full.
@@ -79,6 +81,8 @@ pub struct PeerStats {
     pub bytes_done: u64,
     /// The same by lane and direction, with times; those that were used.
     pub flows: Vec<FlowStats>,
+    /// Notifications that reached the peer, alone or behind a transfer.
+    pub notifications_sent: u64,
     /// Operations in flight.
     pub in_flight: usize,
     /// Most operations that were in flight at one time.
@@ -115,6 +119,7 @@ pub(crate) struct Counters {
     bytes: AtomicU64,
     in_flight: AtomicUsize,
     in_flight_max: AtomicUsize,
+    notified: AtomicU64,
     received: AtomicU64,
     refused: AtomicU64,
     /// Made when a lane and direction is first used.
@@ -188,6 +193,11 @@ impl Counters {
         })
     }
 
+    /// A notification has reached the peer.
+    pub(crate) fn notified(&self) {
+        self.notified.fetch_add(1, Ordering::Relaxed);
+    }
+
     pub(crate) fn received(&self, taken: bool) {
         let counter = if taken { &self.received } else { &self.refused };
         counter.fetch_add(1, Ordering::Relaxed);
@@ -209,6 +219,7 @@ impl Counters {
             transfers_failed: failed,
             bytes_done: read(&self.bytes),
             flows: flows.map(|flow| flow.snapshot()).collect(),
+            notifications_sent: read(&self.notified),
             in_flight: self.in_flight.load(Ordering::Relaxed),
             in_flight_max: self.in_flight_max.load(Ordering::Relaxed),
         }
@@ -227,6 +238,7 @@ impl Counters {
             transfers_failed: own.transfers_failed,
             bytes_done: own.bytes_done,
             flows: own.flows,
+            notifications_sent: own.notifications_sent,
             in_flight: own.in_flight,
             in_flight_max: own.in_flight_max,
             notifications_received: self.received.load(Ordering::Relaxed),

@@ -155,6 +155,7 @@ pub(crate) fn telemetry_adds_up(setup: &Setup) {
     assert_eq!(agent.flows, peer.flows);
     let bytes = 20_000 + 20_000 * u64::from(outcome.is_ok());
     assert_eq!((agent.bytes_done, peer.bytes_done), (bytes, bytes));
+    assert_eq!((agent.notifications_sent, peer.notifications_sent), (2, 2));
     let writes = peer
         .flows
         .iter()
