@@ -168,11 +168,52 @@
 //! # }
 //! ```
 //!
+//! # Objects
+//!
+//! `Agent::open_objects` opens S3, Google Cloud Storage, Azure or a folder (feature `object`, on by
+//! default). One object holds one block, its layers one after another.
+//!
+//! ```
+//! # #[cfg(feature = "object")]
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use std::time::Duration;
+//!
+//! use blockplane_transfer::{
+//!     Agent, AgentConfig, ArenaConfig, BlockLayout, LocalBlocks, ObjectBlocks, ObjectConfig,
+//!     ObjectLocation, Op, PostOptions,
+//! };
+//!
+//! let timeout = Duration::from_secs(5);
+//! let agent = Agent::new(AgentConfig::new("archive"))?;
+//! let memory = agent.allocate(ArenaConfig::new(2 * 4096, "memory"))?;
+//! memory.write_at(0, b"block zero")?;
+//!
+//! let store = agent.open_objects(&ObjectConfig::new(ObjectLocation::Memory))?;
+//! let keys = ["kv/first".to_owned(), "kv/second".to_owned()];
+//! let local = LocalBlocks {
+//!     registration: &memory,
+//!     layout: BlockLayout::contiguous(2, 4096),
+//!     ids: [0, 1].into(),
+//!     layers: 0..1,
+//! };
+//! let objects = ObjectBlocks { store: &store, keys: &keys, range: None, create_only: false };
+//! let write = agent.prepare_objects(Op::Write, local, objects)?;
+//! write.post(PostOptions::within(timeout))?.wait(timeout)?;
+//!
+//! let found = store.query(&keys, timeout)?;
+//! assert_eq!(found[0].as_ref().map(|info| info.length), Some(4096));
+//! # Ok(())
+//! # }
+//! # #[cfg(not(feature = "object"))]
+//! # fn main() {}
+//! ```
+//!
 //! # Threads and cancellation
 //!
-//! There is no async runtime here: an agent runs one timer thread, a few copy workers and a few
-//! socket threads. Futures of this crate work in any executor and lose nothing when dropped, except
-//! that dropping a [`Transfer`] cancels it ([`Transfer::detach`] does not).
+//! There is no async runtime here, except on the thread for objects: an agent runs one timer thread,
+//! a few copy workers and a few socket threads, and one for files when it has some. Futures of this
+//! crate work in any executor and lose nothing when dropped, except that dropping a [`Transfer`]
+//! cancels it ([`Transfer::detach`] does not).
 //!
 //! # Lab
 //!

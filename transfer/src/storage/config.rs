@@ -24,7 +24,7 @@ pub struct StorageConfig {
     /// Memory that is registered with io_uring at its first use, in bytes: its pages are pinned
     /// until the registration ends, which saves looking them up for each request. Beyond it, and
     /// where the kernel's limit of locked memory refuses, requests name plain memory. Default
-    /// 64 GiB; 0 turns it off.
+    /// 64 GiB; 0 turns it off. The memory must not be mapped anew or punched meanwhile.
     pub file_registered_bytes_max: u64,
     /// Requests to object stores at a time, over all stores. Default 32, 1 to 1024. Each holds up
     /// to `object_part_bytes` of memory.

@@ -1,7 +1,8 @@
 //! Cutting an operation into requests: pure arithmetic, no I/O.
 //!
-//! Pieces of the operation are sorted by their place in the file; neighbours in the file become one
-//! request with several pieces of memory, long ones are cut. Around the page cache go only whole
+//! Pieces that are neighbours in the file become one request with several pieces of memory, long ones
+//! are cut. Requests keep the order of the operation: devices gain nothing from the order of the file,
+//! and some spread work over their parts better without it. Around the page cache go only whole
 //! pages whose memory and offsets are aligned; what is left over goes through it. The kernel keeps
 //! both views of a file coherent page by page, so a page is never in requests of both kinds.
 
@@ -77,6 +78,8 @@ pub(crate) struct Request {
     /// Number of them.
     count: u32,
     pub(crate) via: Via,
+    /// Place of its first piece in the operation.
+    order: u32,
 }
 
 /// A contiguous piece of memory.
@@ -90,7 +93,7 @@ pub(crate) struct Segment {
     pub(crate) bytes: u32,
 }
 
-/// All requests of an operation, in the order of the file.
+/// All requests of an operation.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Requests {
     requests: Vec<Request>,
@@ -123,12 +126,17 @@ impl Requests {
     }
 
     fn build(mut pieces: Vec<Piece>, rules: &Rules) -> Result<Self, TooMany> {
-        if !pieces.is_sorted_by_key(|piece| piece.file) {
+        let sorted = pieces.is_sorted_by_key(|piece| piece.file);
+        if !sorted {
             pieces.sort_unstable_by_key(|piece| piece.file);
         }
         let mut out = Self::default();
         for piece in pieces {
             out.add(piece, rules)?;
+        }
+        if !sorted {
+            out.requests
+                .sort_unstable_by_key(|request| (request.order, request.offset));
         }
         Ok(out)
     }
@@ -216,6 +224,7 @@ impl Requests {
                     first: u32::try_from(self.segments.len()).map_err(|_| TooMany)?,
                     count: 0,
                     via,
+                    order: now.order,
                 });
             }
             if self.requests.len() > REQUESTS_MAX || self.segments.len() > REQUESTS_MAX {
@@ -225,6 +234,7 @@ impl Requests {
                 return Err(TooMany);
             };
             request.bytes += bytes;
+            request.order = request.order.min(now.order);
             match self.segments.last_mut() {
                 Some(last)
                     if request.count > 0
@@ -258,6 +268,8 @@ struct Piece {
     /// Its address.
     address: u64,
     bytes: u64,
+    /// Place in the operation.
+    order: u32,
 }
 
 impl Piece {
@@ -289,6 +301,7 @@ fn collect(
         order,
         0..set.local.bytes(),
         |local, file, bytes| {
+            let order = u32::try_from(pieces.len()).unwrap_or(u32::MAX);
             if pieces.len() < REQUESTS_MAX {
                 pieces.push(Piece {
                     file,
@@ -296,6 +309,7 @@ fn collect(
                     local,
                     address: base.wrapping_add(local),
                     bytes,
+                    order,
                 });
             } else {
                 too_many = true;
@@ -318,6 +332,7 @@ mod tests {
             local: address,
             address,
             bytes,
+            order: 0,
         }
     }
 
@@ -327,7 +342,9 @@ mod tests {
     };
 
     fn build(pieces: &[Piece], rules: &Rules) -> Vec<(u64, u32, Via, usize)> {
-        let requests = Requests::build(pieces.to_vec(), rules).unwrap();
+        let numbered = pieces.iter().zip(0..);
+        let pieces = numbered.map(|(piece, order)| Piece { order, ..*piece });
+        let requests = Requests::build(pieces.collect(), rules).unwrap();
         requests
             .requests
             .iter()
@@ -347,6 +364,25 @@ mod tests {
         assert_eq!(
             build(&scattered, &rules),
             [(0, 12288, Via::Direct, 3), (20480, 4096, Via::Direct, 1)]
+        );
+    }
+
+    #[test]
+    fn requests_keep_the_order_of_the_operation() {
+        let rules = Rules::new(&DIRECT, 1 << 20);
+        let pieces = [
+            piece(40960, 0, 4096),
+            piece(8192, 65536, 4096),
+            piece(45056, 131_072, 4096),
+            piece(0, 8192, 4096),
+        ];
+        assert_eq!(
+            build(&pieces, &rules),
+            [
+                (40960, 8192, Via::Direct, 2),
+                (8192, 4096, Via::Direct, 1),
+                (0, 4096, Via::Direct, 1)
+            ]
         );
     }
 

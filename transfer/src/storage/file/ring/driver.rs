@@ -34,13 +34,6 @@ const GENERATIONS: u32 = u32::MAX >> 1;
 const TURN: u32 = 256;
 const TURN_BYTES: u64 = 8 << 20;
 
-/// Most completions that the thread waits for at once.
-const BATCH_MAX: usize = 32;
-
-/// Waiting for several completions ends after this time, also when something new is posted
-/// meanwhile.
-const BATCH_WAIT: Duration = Duration::from_micros(100);
-
 /// Requests that the kernel interrupts for no fault of theirs are submitted again this often.
 const RETRIES_MAX: u8 = 8;
 
@@ -97,9 +90,6 @@ pub(super) struct Driver {
     quitting: bool,
     vectored_fixed: bool,
     depth: usize,
-    /// How many completions come within [`BATCH_WAIT`], as far as is known: waiting for that many
-    /// at once saves wake-ups.
-    batch: usize,
 }
 
 impl Drop for Driver {
@@ -140,7 +130,6 @@ impl Driver {
             quitting: false,
             vectored_fixed: probed && probe.is_supported(opcode::ReadvFixed::CODE),
             depth: depth as usize,
-            batch: 1,
         })
     }
 
@@ -185,11 +174,8 @@ impl Driver {
             }
             self.arm_wake();
             let parked = self.mailbox.park();
-            let waited_for = self.wait(parked);
-            let reaped = self.reap();
-            if let Some(batch) = waited_for {
-                self.batch = next_batch(batch, reaped).min(self.flying / 4);
-            }
+            self.wait(parked);
+            self.reap();
         }
         // The last read of the eventfd is outstanding: let it complete.
         while self.wake_armed {
@@ -334,7 +320,7 @@ impl Driver {
                 return;
             }
             // Full: the kernel takes what is there, which frees it.
-            self.enter(0, None);
+            self.enter(0);
         }
     }
 
@@ -350,33 +336,17 @@ impl Driver {
         self.push(&read);
     }
 
-    /// Submits, and waits if nothing has come in.
-    /// Returns the number of completions that it waited for.
-    fn wait(&self, parked: bool) -> Option<usize> {
-        if !parked {
-            self.enter(0, None);
-            None
-        } else if self.batch > 1 && self.ring.params().is_feature_ext_arg() {
-            self.enter(self.batch, Some(BATCH_WAIT));
-            Some(self.batch)
-        } else {
-            self.enter(1, None);
-            Some(1)
-        }
+    /// Submits, and waits for a completion if nothing has come in. While this thread is busy more
+    /// of them gather by themselves: waiting for several was measured and gains nothing.
+    fn wait(&self, parked: bool) {
+        self.enter(usize::from(parked));
     }
 
-    fn enter(&self, want: usize, longest: Option<Duration>) {
-        let entered = match longest {
-            None => self.ring.submit_and_wait(want),
-            Some(longest) => {
-                let longest = types::Timespec::from(longest);
-                let args = types::SubmitArgs::new().timespec(&longest);
-                self.ring.submitter().submit_with_args(want, &args)
-            }
-        };
+    fn enter(&self, want: usize) {
+        let entered = self.ring.submit_and_wait(want);
         match entered.map_err(|error| (error.raw_os_error(), error)) {
-            // Time is up, a signal, or completions have to be reaped first.
-            Ok(_) | Err((Some(libc::ETIME | libc::EINTR | libc::EBUSY), _)) => {}
+            // A signal, or completions have to be reaped first.
+            Ok(_) | Err((Some(libc::EINTR | libc::EBUSY), _)) => {}
             Err((_, error)) => {
                 // The kernel is short of memory: what is in flight goes on meanwhile.
                 tracing::warn!(%error, "the ring refuses submissions");
@@ -385,14 +355,11 @@ impl Driver {
         }
     }
 
-    /// Returns how many completions there were.
-    fn reap(&mut self) -> usize {
-        let mut reaped = 0;
+    fn reap(&mut self) {
         loop {
             let Some(completion) = self.ring.completion().next() else {
-                return reaped;
+                return;
             };
-            reaped += 1;
             match completion.user_data() {
                 WAKE => self.wake_armed = false,
                 CANCEL => {}
@@ -458,18 +425,6 @@ impl Driver {
             self.jobs.push_back(job.clone());
         }
         job.transfer.part_done();
-    }
-}
-
-/// How many completions to wait for, after `reaped` came while `batch` were waited for: more if
-/// that was soon enough, only as many as come by themselves if not.
-fn next_batch(batch: usize, reaped: usize) -> usize {
-    if reaped > batch || (reaped == batch && batch > 1) {
-        (batch + 1 + batch / 4).min(BATCH_MAX)
-    } else if reaped < batch {
-        reaped
-    } else {
-        batch
     }
 }
 
