@@ -121,8 +121,8 @@ pub struct AgentConfig {
     /// control connections are not paced. Default none.
     pub tcp_pacing_bytes_per_s: Option<u64>,
     /// TLS on all TCP connections of this agent, as initiator and as target; peers must have it too.
-    /// Default none: plaintext. Costs an encryption and two more copies of every byte, about one
-    /// core per 1.5 GB/s.
+    /// Default none: plaintext. Costs an encryption and two more copies of every byte, about a
+    /// core on each side for 3 GB/s.
     pub tls: Option<TlsConfig>,
     /// Largest frame of payload on a stream, the unit of cancellation there. Default 1 MiB.
     pub stream_chunk_bytes: u32,

@@ -26,7 +26,7 @@ use crate::plan::{BlockSet, Order, Segments};
 const BYTES_PER_TURN: usize = 2 << 20;
 /// The same for a command: it may run on the thread that posts, which has better things to do than
 /// to send a large operation.
-const BYTES_PER_COMMAND: usize = 256 << 10;
+const BYTES_PER_COMMAND: usize = 128 << 10;
 /// Room for bytes that are received ahead. What belongs to blocks is copied out of it, so it is
 /// small; enough for the headers of a few frames and a block of 4 KiB.
 const AHEAD_BYTES: usize = 4608;

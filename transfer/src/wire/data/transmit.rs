@@ -32,9 +32,11 @@ impl DataStream {
             }
             self.pieces.clear();
             let mut guard = None;
-            let next = self
-                .tx
-                .gather(&mut self.pieces, self.chunk_bytes, &mut guard);
+            let limits = Limits {
+                chunk_bytes: self.chunk_bytes,
+                call_bytes: (bytes_max - bytes) as u64,
+            };
+            let next = self.tx.gather(&mut self.pieces, limits, &mut guard);
             if next == Next::Over {
                 drop(guard);
                 self.stripe_out();
@@ -186,6 +188,15 @@ enum Added {
     Rest,
 }
 
+/// How much is put together.
+#[derive(Clone, Copy)]
+struct Limits {
+    /// Payload of one frame.
+    chunk_bytes: u32,
+    /// Payload of one stripe in one system call.
+    call_bytes: u64,
+}
+
 type Guard<'a> = Option<parking_lot::RwLockReadGuard<'a, bool>>;
 
 impl Tx {
@@ -209,7 +220,7 @@ impl Tx {
     fn gather<'a>(
         &'a mut self,
         pieces: &mut Pieces,
-        chunk_bytes: u32,
+        limits: Limits,
         guard: &mut Guard<'a>,
     ) -> Next {
         for (index, out) in self.queue.iter_mut().enumerate() {
@@ -224,7 +235,7 @@ impl Tx {
                     if served && guard.is_some() {
                         break;
                     }
-                    match stripe.add(pieces, chunk_bytes, guard) {
+                    match stripe.add(pieces, limits, guard) {
                         Added::Over if index == 0 => return Next::Over,
                         Added::Rest if !served => {}
                         Added::Over | Added::Some | Added::Rest => break,
@@ -255,12 +266,7 @@ impl OutStripe {
     }
 
     /// Adds the next pieces to send.
-    fn add<'a>(
-        &'a mut self,
-        pieces: &mut Pieces,
-        chunk_bytes: u32,
-        guard: &mut Guard<'a>,
-    ) -> Added {
+    fn add<'a>(&'a mut self, pieces: &mut Pieces, limits: Limits, guard: &mut Guard<'a>) -> Added {
         let boundary = self
             .chunk
             .as_ref()
@@ -280,14 +286,15 @@ impl OutStripe {
                 self.prologue.push(pieces);
                 return Added::Some;
             }
-            self.chunk = Some(self.next_chunk(chunk_bytes));
+            self.chunk = Some(self.next_chunk(limits.chunk_bytes));
         }
         self.prologue.push(pieces);
         if let Some(chunk) = &mut self.chunk
             && !self.range.is_empty()
         {
             push_rest(pieces, &mut chunk.header, chunk.header_sent);
-            let range = self.range.start..chunk.end;
+            let end = self.range.start.saturating_add(limits.call_bytes);
+            let range = self.range.start..chunk.end.min(end);
             let before = pieces.bytes() as u64;
             match &self.origin {
                 Origin::Own { transfer, set } => {
