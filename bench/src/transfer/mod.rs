@@ -266,7 +266,7 @@ impl<W: Write> Run<'_, W> {
         for (metric, title, samples) in [
             (
                 "metadata_us",
-                "ask for metadata over a pipe",
+                "ask the target for its metadata",
                 &setup.metadata,
             ),
             ("connect_us", "connect a new agent", &setup.connect),

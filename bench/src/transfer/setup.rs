@@ -19,7 +19,8 @@ const TIMES: usize = 20;
 
 /// Microseconds of each step.
 pub(super) struct Setup {
-    /// From asking the target for its metadata over the pipe to having read it.
+    /// From asking the target for its metadata, in band, to having read it; over the pipe where the
+    /// target does not listen.
     pub(super) metadata: Samples,
     /// Connecting a new agent.
     pub(super) connect: Samples,
@@ -40,10 +41,15 @@ pub(super) fn measure(
         register: Samples::default(),
         allocate: Samples::default(),
     };
+    let known = cluster.describe()?.metadata()?;
+    let place = known.unix_socket().or_else(|| known.tcp_address());
     for i in 0..TIMES {
         let agent = node::agent(&format!("bench-setup-{i}"), lane, settings)?;
         let start = Instant::now();
-        let metadata = cluster.describe()?.metadata()?;
+        let metadata = match place {
+            Some(place) => agent.fetch_metadata(place, PATIENCE)?,
+            None => cluster.describe()?.metadata()?,
+        };
         setup.metadata.push(micros(start));
         let start = Instant::now();
         let peer = agent.connect(&metadata, PATIENCE)?;
