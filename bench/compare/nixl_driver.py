@@ -146,13 +146,15 @@ def answer(agent, peer, handle):
         complete(agent, handle, b"n")
 
 
-def connected(size, progress_thread=False):
+def connected(size, progress_thread=False, back=True):
     far = Far(size, progress_thread)
     agent = new_agent("near", progress_thread)
     memory = Memory(size, 7)
     register(agent, memory)
     agent.add_remote_agent(far.metadata)
-    far.ask("connect", agent.get_agent_metadata())
+    if back:
+        # Only who answers has to know the way back; a side that sleeps must not be asked to.
+        far.ask("connect", agent.get_agent_metadata())
     agent.make_connection("far")
     return agent, memory, far
 
@@ -171,7 +173,7 @@ def checked_write(agent, memory, far):
 def blocks(args):
     import numpy
 
-    agent, memory, far = connected(args.bytes)
+    agent, memory, far = connected(args.bytes, back=False)
     checked_write(agent, memory, far)
     if args.lane == "default":
         # Same-host copies need nothing from the target: asleep, it costs them no processor.
