@@ -95,6 +95,7 @@ fn run_together(world: World) -> Report {
     let agents = ["a", "b"].map(|name| Agent::new(config(name, lane, NO_SILENCE)).unwrap());
     let owners = [Owner::start(&agents[0]), Owner::start(&agents[1])];
     let (left, right) = UnixStream::pair().unwrap();
+    let hang_up = left.try_clone().unwrap();
     let mut links = Vec::new();
     for (end, owner) in [left, right].into_iter().zip(&owners) {
         let (input, owner) = (BufReader::new(end.try_clone().unwrap()), owner.clone());
@@ -119,6 +120,8 @@ fn run_together(world: World) -> Report {
         };
         other.join().unwrap();
     });
+    // Both links end, and with them what they serve.
+    hang_up.shutdown(std::net::Shutdown::Both).unwrap();
     report
 }
 
