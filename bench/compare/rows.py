@@ -154,7 +154,7 @@ ROWS = [
         for (shown, ours, nixl), goal in zip(
             (
                 ("receivers spin", "spinning", "spinning"),
-                ("receivers sleep (NIXL: its threads)", "parked", "progress-thread"),
+                ("receivers sleep (NIXL: its threads)", "asleep", "progress-thread"),
             ),
             goals,
             strict=True,

@@ -75,7 +75,7 @@ fn people_get_a_table() {
     result.expect("all contents are right");
     assert!(out.contains("memcpy x1"), "{out}");
     assert!(out.contains("read 4K x4 scattered"), "{out}");
-    assert!(out.contains("notification, parked receiver"), "{out}");
+    assert!(out.contains("notification, receiver asleep"), "{out}");
     assert!(out.contains("idle and connected for 1 s, both"), "{out}");
 }
 

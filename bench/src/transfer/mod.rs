@@ -35,7 +35,7 @@ use self::{
     limits::Limits,
     link::Address,
     out::BENCH,
-    ping::Pings,
+    ping::{Pings, Receiver},
 };
 pub use self::{
     args::{Prepared, Section, TransferArgs},
@@ -179,18 +179,23 @@ impl<W: Write> Run<'_, W> {
             ("notify_us", "notification", None),
             ("write_notify_us", "4 KiB write + notification", Some(&one)),
         ] {
-            for (receiver, spin) in [("spinning", true), ("parked", false)] {
+            for receiver in Receiver::ALL {
+                let count = if receiver == Receiver::Asleep {
+                    count / 10
+                } else {
+                    count
+                };
                 let samples = self.cluster.ping(&Pings {
                     count,
                     warmup: count / 10,
-                    spin,
+                    receiver,
                     write: write.cloned(),
                 })?;
                 let mut place = self.effective.place(lane);
-                place.insert("receiver".to_owned(), json!(receiver));
+                place.insert("receiver".to_owned(), json!(receiver.name()));
                 self.report
                     .record(&Record::of_samples(BENCH, place, metric, "us", &samples))?;
-                let mut row = vec![format!("{title}, {receiver} receiver")];
+                let mut row = vec![format!("{title}, receiver {}", receiver.name())];
                 for per_mille in [500, 900, 990, 999, 1000] {
                     row.push(format!("{:.2}", samples.per_mille(per_mille)));
                 }

@@ -1,6 +1,6 @@
 //! Round trips of notifications, alone or each behind a write, between two processes.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use blockplane_transfer::{Notification, Op, PostOptions, Prepared, Transfer};
@@ -19,10 +19,41 @@ pub(super) struct Pings {
     pub(super) count: u32,
     /// Unmeasured ones before.
     pub(super) warmup: u32,
-    /// Receivers look again and again instead of sleeping until something arrives.
-    pub(super) spin: bool,
+    /// How receivers wait.
+    pub(super) receiver: Receiver,
     /// Each notification follows a write of this.
     pub(super) write: Option<Lot>,
+}
+
+/// How a receiver waits for the next notification.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Receiver {
+    /// It looks again and again.
+    Spinning,
+    /// It waits with a deadline, and the next notification comes at once: how long it looks before
+    /// it sleeps has adapted.
+    Waiting,
+    /// Likewise, with so long a pause before each round trip that both sides are asleep.
+    Asleep,
+}
+
+impl Receiver {
+    pub(super) const ALL: [Self; 3] = [Self::Spinning, Self::Waiting, Self::Asleep];
+
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Spinning => "spinning",
+            Self::Waiting => "waiting",
+            Self::Asleep => "asleep",
+        }
+    }
+
+    const fn pause(self) -> Duration {
+        match self {
+            Self::Spinning | Self::Waiting => Duration::ZERO,
+            Self::Asleep => Duration::from_millis(3),
+        }
+    }
 }
 
 /// Half of each round trip, in microseconds.
@@ -30,6 +61,10 @@ pub(super) fn ping(node: &Active, pings: &Pings) -> anyhow::Result<Vec<f64>> {
     let side = Side::new(node, pings)?;
     let mut micros = Vec::new();
     for i in 0..pings.count + pings.warmup {
+        let until = Instant::now() + pings.receiver.pause();
+        while let Some(left) = until.checked_duration_since(Instant::now()) {
+            std::thread::park_timeout(left);
+        }
         let start = Instant::now();
         let sent = side.send(i.to_le_bytes().to_vec())?;
         let pong = side.receive()?;
@@ -68,7 +103,7 @@ struct Side<'a> {
     node: &'a Active,
     remote: &'a Remote,
     prepared: Option<Prepared>,
-    spin: bool,
+    receiver: Receiver,
 }
 
 impl<'a> Side<'a> {
@@ -82,7 +117,7 @@ impl<'a> Side<'a> {
             node,
             remote: node.peers.first().context("not connected")?,
             prepared,
-            spin: pings.spin,
+            receiver: pings.receiver,
         })
     }
 
@@ -97,7 +132,7 @@ impl<'a> Side<'a> {
     }
 
     fn receive(&self) -> anyhow::Result<Notification> {
-        if !self.spin {
+        if self.receiver != Receiver::Spinning {
             return Ok(self.node.notifications.recv_timeout(PATIENCE)?);
         }
         // The clock is looked at only now and then. Whoever is late lets other threads run, which
