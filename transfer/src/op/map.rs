@@ -159,11 +159,11 @@ pub(crate) fn map_blocks(
     if let Some(grant) = &grant
         && !grant.usage.begin()
     {
-        return Err(PrepareError::WindowClosed {
+        let closed = PrepareError::WindowClosed {
             peer: remote.peer.name().to_owned(),
             window: grant.id,
-        }
-        .into());
+        };
+        return Err(session.lost().map_or(closed, PrepareError::PeerLost).into());
     }
     Ok(MappedBlocks {
         session: session.clone(),

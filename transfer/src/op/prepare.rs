@@ -97,7 +97,8 @@ pub(crate) fn post(
     if let Some(work) = work
         && let Err(error) = work.begin_use()
     {
-        return refuse(error);
+        // With the connection go its windows: the loss is the reason, and can be mended.
+        return refuse(session.lost().map_or(error, PostError::PeerLost));
     }
     let posted = Instant::now();
     let until = after_instant(posted, options.deadline);

@@ -74,6 +74,7 @@ conformance! {
     spans_name_the_request;
     meeting:
     both_connect_at_once,
+    a_lost_peer_is_named_before_its_windows,
     the_lost_do_not_count_as_peers;
     peers:
     a_remembered_peer_is_connected_when_it_is_used,

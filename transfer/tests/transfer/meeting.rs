@@ -3,7 +3,9 @@
 use std::sync::Barrier;
 use std::time::Duration;
 
-use blockplane_transfer::{Agent, ConnectError, LossCause, Op, PostError, PostOptions};
+use blockplane_transfer::{
+    Agent, ConnectError, LossCause, Op, PostError, PostOptions, WindowAccess, WindowScope,
+};
 
 use crate::support::{Blocks, Setup, WAIT, arena, bytes, fill_byte};
 
@@ -81,4 +83,25 @@ pub(crate) fn the_lost_do_not_count_as_peers(setup: &Setup) {
         matches!(refused, Err(ConnectError::TooMany { limit: 2 })),
         "{refused:?}"
     );
+}
+
+/// A connection takes its windows along; what is said is that the peer is lost, which reconnecting
+/// mends, and not that the window is closed, which nothing does.
+pub(crate) fn a_lost_peer_is_named_before_its_windows(setup: &Setup) {
+    let pair = setup.pair();
+    let (local, remote) = (arena(&pair.a, 4096), arena(&pair.b, 4096));
+    let window = pair
+        .b
+        .open_window(&remote, WindowScope::Region, WindowAccess::ReadWrite)
+        .unwrap();
+    let block = Blocks::flat(1, 4096, &[0]);
+    let sides = ((&local, &block), (&remote, &block));
+    let prepared = pair
+        .prepare(Op::Write, sides.0, sides.1, Some(window.id()))
+        .unwrap();
+    pair.peer.disconnect();
+    match prepared.post(PostOptions::within(WAIT)) {
+        Err(error @ PostError::PeerLost(_)) => assert!(error.retryable()),
+        other => panic!("{other:?}"),
+    }
 }
