@@ -38,6 +38,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 VENV = CACHE / "venv"
 FIXTURES = CACHE / "fixtures"
+ASAN_PLATFORM = "x86_64-unknown-linux-gnu"
+ASAN_TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "asan"
 LOOM_TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "loom"
 MAKE_FIXTURES = ROOT / "tests/fixtures/make_fixtures.py"
 REQUIREMENTS = ROOT / "tests/requirements.txt"
@@ -175,6 +177,7 @@ def run_groups(groups, tally):
         if group == "unit":
             timed("unit: doc tests", lambda: run_doc_tests(tally))
             timed("unit: loom models", lambda: run_loom(tally))
+            timed("unit: address sanitizer", lambda: run_asan(tally))
 
 
 def install_tools():
@@ -347,9 +350,32 @@ def run_loom(tally):
     folder of its own; what is built there is small."""
     flags = dict(os.environ, RUSTFLAGS="--cfg loom")
     command = ["cargo", "test", "--release", "-p", "blockplane-transfer", "--lib"]
-    command += ["--target-dir", str(LOOM_TARGET), "loom_"]
+    command += ["--no-default-features", "--target-dir", str(LOOM_TARGET), "loom_"]
     code, output = stream(command, ROOT, LIMIT_S["unit"], flags, hide=PASSED)
     count_rust("unit: loom models", code, output, tally)
+
+
+def run_asan(tally):
+    """The lanes that touch other processes' memory, under AddressSanitizer. The flag changes all
+    crates below: a target folder of its own, and no object stores, which would double the build."""
+    sysroot = subprocess.run(["rustc", "--print", "sysroot"], capture_output=True, text=True, cwd=ROOT)
+    libraries = pathlib.Path(sysroot.stdout.strip()) / "lib/rustlib" / ASAN_PLATFORM / "lib"
+    if not list(libraries.glob("librustc*_rt.asan.a")):
+        print(f"SKIPPED unit: address sanitizer: no sanitizer for {ASAN_PLATFORM} in this toolchain")
+        tally.add(skipped=1)
+        return
+    # The flag needs leave on a stable compiler. Leaks are counted by tests of their own.
+    flags = dict(
+        os.environ,
+        RUSTC_BOOTSTRAP="1",
+        RUSTFLAGS="-Zsanitizer=address",
+        ASAN_OPTIONS="detect_leaks=0",
+    )
+    command = ["cargo", "test", "--release", "-p", "blockplane-transfer", "--test", "transfer"]
+    command += ["--no-default-features", "--target", ASAN_PLATFORM, "--target-dir", str(ASAN_TARGET)]
+    command += ["--", "shm::", "memory::", "loopback::"]
+    code, output = stream(command, ROOT, LIMIT_S["unit"], flags, hide=PASSED)
+    count_rust("unit: address sanitizer", code, output, tally)
 
 
 PASSED = re.compile(r"^test .* \.\.\. ok$|^$|^running \d+ tests?$")

@@ -56,9 +56,9 @@ fn every_case_has_its_figures() {
                 assert!(!record["case"][field].is_null(), "{field} in {record}");
             }
         }
-        // Receivers that spin and receivers that sleep.
-        assert_eq!(of(lane, "notify_us").len(), 2);
-        assert_eq!(of(lane, "write_notify_us").len(), 2);
+        // Receivers that spin, receivers that wait, and receivers that are asleep.
+        assert_eq!(of(lane, "notify_us").len(), 3);
+        assert_eq!(of(lane, "write_notify_us").len(), 3);
         for metric in ["metadata_us", "connect_us", "register_gib_us"] {
             assert_eq!(of(lane, metric).len(), 1, "{lane} {metric}");
         }

@@ -77,7 +77,7 @@ fn both_lanes_move_bytes_between_processes() -> anyhow::Result<()> {
                 .count()
         };
         assert_eq!(of("bandwidth_gb_per_s"), 8, "{lane}");
-        assert_eq!(of("notify_us"), 2, "{lane}");
+        assert_eq!(of("notify_us"), 3, "{lane}");
         // One figure for each process.
         assert_eq!(of("idle_cpu_percent"), 2, "{lane}");
     }

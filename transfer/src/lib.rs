@@ -219,9 +219,11 @@
 //!
 //! * `RUSTFLAGS="--cfg loom" cargo test -p blockplane-transfer --lib --release loom` checks the
 //!   lock-free part of a transfer.
-//! * `RUSTFLAGS=-Zsanitizer=address cargo +nightly test -p blockplane-transfer --target
-//!   x86_64-unknown-linux-gnu --test transfer shm` runs the shm lane, processes included, under
-//!   AddressSanitizer.
+//! * `RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --release -p blockplane-transfer
+//!   --no-default-features --target x86_64-unknown-linux-gnu --test transfer -- shm memory` runs the
+//!   shm lane and copies through the kernel under AddressSanitizer; `tests/run` does both of these.
+//! * `cargo +nightly fuzz run metadata` (or `frames`) in this folder runs the fuzz targets, with
+//!   cargo-fuzz installed.
 //! * `cargo run --release -p blockplane-transfer --example lanes` measures every lane, `cargo bench -p
 //!   blockplane-transfer` what preparing, posting and connecting cost.
 
@@ -230,6 +232,8 @@ mod backend;
 mod clock;
 mod config;
 mod error;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod memory;
 mod op;
 mod peer;

@@ -188,7 +188,10 @@ impl NotificationQueue {
             queue.push_back(notification);
             moved = true;
         }
-        if !ring.reader.has_more() {
+        if ring.reader.has_more() {
+            // A writer that was killed in between may have left the bit unset.
+            self.bell.set(index);
+        } else {
             self.free_ring(&mut state, index);
         }
         drop(state);

@@ -34,3 +34,21 @@ pub(crate) use socket::Socket;
 pub(crate) use tls::TlsContext;
 pub(crate) use tuning::{tune, tune_data};
 pub(crate) use watch::process_of;
+
+/// Decodes a frame as every kind that has a body; for fuzz targets.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz_frames(data: &[u8]) {
+    let Some((header, body)) = data.split_first_chunk() else {
+        return;
+    };
+    if let Some(header) = frame::Header::decode(header) {
+        assert_eq!(frame::Header::decode(&header.encode()), Some(header));
+    }
+    if let Some(stripe) = frame::StripeSpec::decode(body) {
+        // What is accepted is checked against a region before it is used.
+        let _ = stripe.set.validate(1 << 30);
+    }
+    let _ = frame::RegionAnswer::decode(body);
+    let _ = frame::decode_grant(body);
+    let _ = Hello::decode(body);
+}

@@ -2,7 +2,7 @@
 //!
 //! What is asked of the honest one: no panic, no hang, no byte where none belongs, no more memory
 //! than a limit, and the service of others. `wire` is written from the wire document and shares
-//! nothing with the crate; the fuzz targets use it too.
+//! nothing with the crate.
 
 #![expect(
     clippy::unwrap_used,
