@@ -441,7 +441,7 @@ fn released_memory_does_not_stay_registered() {
 
 /// Run by the test below, alone in its process.
 #[test]
-#[ignore = "counts descriptors, so it needs a process of its own"]
+#[ignore = "started by a_thousand_opens_leak_no_descriptor"]
 fn descriptors_alone() {
     let folder = disk();
     let path = patterned(folder.path(), "leak", 8192, 1);
