@@ -257,7 +257,13 @@ impl Session {
             epoch: self.epoch,
             cause,
         };
-        tracing::info!(peer = %self.peer, epoch = self.epoch, cause = %lost.cause, "peer lost");
+        let (peer, epoch) = (&*self.peer, self.epoch);
+        if lost.cause == LossCause::Disconnected {
+            // Our own wish; stores end like this as well.
+            tracing::debug!(peer, epoch, "disconnected");
+        } else {
+            tracing::info!(peer, epoch, cause = %lost.cause, "peer lost");
+        }
         state.lost = Some(lost.clone());
         let in_flight: Vec<_> = state.in_flight.values().cloned().collect();
         drop(state);

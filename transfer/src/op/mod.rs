@@ -25,6 +25,8 @@ pub(crate) use check::{check_range, check_set};
 pub(crate) use map::map_blocks;
 pub(crate) use notify::NotificationQueue;
 pub(crate) use overlap::check_overlap;
-pub(crate) use prepare::{SETS_MAX, own as own_region, post, prepare_blocks, prepare_descriptors};
+pub(crate) use prepare::{
+    SETS_MAX, own as own_region, pair_blocks, post, prepare_blocks, prepare_descriptors,
+};
 pub(crate) use state::{TransferState, Turn};
 pub(crate) use work::{Path, SetPair, Stripe, Work};

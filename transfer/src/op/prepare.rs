@@ -132,34 +132,13 @@ pub(crate) fn prepare_blocks(
 ) -> Result<Prepared, PrepareError> {
     let session = session_of(core, remote.peer)?;
     let questions = Questions::new(core, &session);
-    let local_region = own(core, local.registration)?;
-    let layout = |side, source| PrepareError::Layout { side, source };
-    local
-        .layout
-        .validate(local_region.len as u64)
-        .map_err(|e| layout(Side::Local, e))?;
-    let remote_region = questions.region(remote.region)?;
-    remote
-        .layout
-        .validate(remote_region.len)
-        .map_err(|e| layout(Side::Remote, e))?;
-    let local = BlockSet {
-        layout: local.layout,
-        ids: local.ids,
-        layers: local.layers,
-    };
     let set = BlockSet {
         layout: remote.layout,
         ids: remote.ids,
         layers: remote.layers,
     };
-    let pair = SetPair {
-        order: local.best_order(&set),
-        local_region,
-        local,
-        remote_region,
-        remote: set,
-    };
+    let region = || questions.region(remote.region);
+    let pair = pair_blocks(core, local, region, set)?;
     finish(
         core,
         session.clone(),
@@ -168,6 +147,39 @@ pub(crate) fn prepare_blocks(
         vec![pair],
         remote.window,
     )
+}
+
+/// Blocks of this agent and blocks elsewhere, both of layouts that fit where they lie. The remote
+/// region is looked up after the local side was found good.
+pub(crate) fn pair_blocks(
+    core: &Arc<Core>,
+    local: LocalBlocks<'_>,
+    remote_region: impl FnOnce() -> Result<Arc<RemoteRegion>, PrepareError>,
+    remote: BlockSet,
+) -> Result<SetPair, PrepareError> {
+    let layout = |side, source| PrepareError::Layout { side, source };
+    let local_region = own(core, local.registration)?;
+    let local = BlockSet {
+        layout: local.layout,
+        ids: local.ids,
+        layers: local.layers,
+    };
+    local
+        .layout
+        .validate(local_region.len as u64)
+        .map_err(|e| layout(Side::Local, e))?;
+    let remote_region = remote_region()?;
+    remote
+        .layout
+        .validate(remote_region.len)
+        .map_err(|e| layout(Side::Remote, e))?;
+    Ok(SetPair {
+        order: local.best_order(&remote),
+        local_region,
+        local,
+        remote_region,
+        remote,
+    })
 }
 
 pub(crate) fn prepare_descriptors(

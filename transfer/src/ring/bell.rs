@@ -339,18 +339,21 @@ mod loom_tests {
         }
     }
 
+    /// Another thread brings something and rings.
+    fn send(shared: &Arc<Shared>) -> thread::JoinHandle<Call> {
+        let shared = shared.clone();
+        thread::spawn(move || {
+            shared.ready.store(1, Ordering::Release);
+            fence(Ordering::SeqCst);
+            shared.words().ring()
+        })
+    }
+
     #[test]
     fn loom_no_ring_is_slept_through() {
         loom::model(|| {
             let shared = Arc::new(Shared::default());
-            let sender = {
-                let shared = shared.clone();
-                thread::spawn(move || {
-                    shared.ready.store(1, Ordering::Release);
-                    fence(Ordering::SeqCst);
-                    shared.words().ring()
-                })
-            };
+            let sender = send(&shared);
             let seen = shared.words().announce();
             let found = shared.ready.load(Ordering::SeqCst) != 0;
             // The kernel compares and sleeps in one step.
@@ -364,14 +367,7 @@ mod loom_tests {
     fn loom_no_alarm_is_missed() {
         loom::model(|| {
             let shared = Arc::new(Shared::default());
-            let sender = {
-                let shared = shared.clone();
-                thread::spawn(move || {
-                    shared.ready.store(1, Ordering::Release);
-                    fence(Ordering::SeqCst);
-                    shared.words().ring()
-                })
-            };
+            let sender = send(&shared);
             shared.words().set_alarm();
             let found = shared.ready.load(Ordering::SeqCst) != 0;
             let call = sender.join().unwrap();

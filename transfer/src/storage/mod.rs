@@ -5,6 +5,7 @@
 //! agent: the io_uring thread (or its substitute) for files, a small runtime for objects. Engines
 //! start with the first store.
 
+mod backend;
 mod config;
 mod error;
 mod file;

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use super::super::backend::Moves;
 use super::super::config::{FileEngine, StorageConfig};
 use super::super::error::OpenError;
 use super::ring::Ring;
@@ -21,6 +22,23 @@ pub(crate) struct Engine {
 enum Kind {
     Ring(Ring),
     Threads(Threads),
+}
+
+impl Moves for Engine {
+    fn transfer(&self, transfer: &Arc<TransferState>) {
+        match &self.kind {
+            Kind::Ring(ring) => ring.transfer(transfer),
+            Kind::Threads(threads) => threads.transfer(transfer),
+        }
+    }
+
+    fn stop(&self, transfer: &Arc<TransferState>) {
+        match &self.kind {
+            Kind::Ring(ring) => ring.stop(transfer),
+            // Each thread notices after the request that it is in.
+            Kind::Threads(_) => {}
+        }
+    }
 }
 
 impl Engine {
@@ -63,21 +81,6 @@ impl Engine {
 
     pub(crate) fn describe(&self) -> &str {
         &self.describe
-    }
-
-    pub(crate) fn transfer(&self, transfer: &Arc<TransferState>) {
-        match &self.kind {
-            Kind::Ring(ring) => ring.transfer(transfer),
-            Kind::Threads(threads) => threads.transfer(transfer),
-        }
-    }
-
-    pub(crate) fn stop(&self, transfer: &Arc<TransferState>) {
-        match &self.kind {
-            Kind::Ring(ring) => ring.stop(transfer),
-            // Each thread notices after the request that it is in.
-            Kind::Threads(_) => {}
-        }
     }
 
     pub(crate) fn forget_region(&self, region: RegionId) {

@@ -1,6 +1,5 @@
 //! Files: regions of bytes on a disk, moved by io_uring.
 
-mod backend;
 mod engine;
 mod open;
 mod plan;
@@ -13,6 +12,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::backend::StoreBackend;
 use super::config::{DirectUse, FileConfig, FileInfo};
 use super::error::{OpenError, StorageError};
 use crate::agent::{Core, LaneChoice, LaneInfo, Session};
@@ -22,7 +22,6 @@ use crate::op::{PostOptions, Transfer};
 use crate::plan::{BlockIds, BlockLayout};
 use crate::stats::PeerStats;
 
-use self::backend::FileBackend;
 use self::open::StoredFile;
 
 pub(crate) use self::engine::Engine;
@@ -60,7 +59,7 @@ impl FileStore {
         tracing::info!(
             agent = %core.name, file = file.name(), lane = %Lane::File, %reason, "file opened"
         );
-        let backend = Arc::new(FileBackend::new(engine));
+        let backend = Arc::new(StoreBackend::new(engine));
         let backend = crate::backend::with_faults(core, backend);
         let choice = LaneChoice::new(Lane::File, &reason, &[], 1);
         let session = Session::stored(core, file.name(), choice, backend);

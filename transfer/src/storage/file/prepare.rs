@@ -13,6 +13,7 @@ use crate::error::{PrepareError, Side};
 use crate::memory::{Region, RegionId};
 use crate::op::{
     Descriptor, LocalBlocks, Op, Path, Plan, Prepared, SetPair, Work, check_range, own_region,
+    pair_blocks,
 };
 use crate::plan::{BlockSet, DescriptorList, DescriptorPair, Order, Table};
 use crate::storage::measure::measure;
@@ -52,33 +53,12 @@ pub(crate) fn prepare_blocks(
     blocks: FileBlocks<'_>,
 ) -> Result<Prepared, PrepareError> {
     check_store(core, blocks.file, op)?;
-    let local_region = own_region(core, local.registration)?;
-    let layout = |side, source| PrepareError::Layout { side, source };
-    local
-        .layout
-        .validate(local_region.len as u64)
-        .map_err(|e| layout(Side::Local, e))?;
-    blocks
-        .layout
-        .validate(FILE_BYTES_MAX)
-        .map_err(|e| layout(Side::Remote, e))?;
-    let local = BlockSet {
-        layout: local.layout,
-        ids: local.ids,
-        layers: local.layers,
-    };
     let set = BlockSet {
         layout: blocks.layout,
         ids: blocks.ids,
         layers: blocks.layers,
     };
-    let pair = SetPair {
-        order: local.best_order(&set),
-        local_region,
-        local,
-        remote_region: region(),
-        remote: set,
-    };
+    let pair = pair_blocks(core, local, || Ok(region()), set)?;
     finish(core, blocks.file, op, vec![pair], blocks.durable)
 }
 

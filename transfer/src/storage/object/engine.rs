@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 
+use super::super::backend::Moves;
 use super::ObjectWork;
 use super::moving;
 use crate::error::TransferError;
@@ -72,6 +73,16 @@ impl Shared {
     }
 }
 
+impl Moves for Engine {
+    fn transfer(&self, transfer: &Arc<TransferState>) {
+        self.shared.send(Command::Start(transfer.clone()));
+    }
+
+    fn stop(&self, transfer: &Arc<TransferState>) {
+        self.shared.send(Command::Stop(transfer.id));
+    }
+}
+
 impl Engine {
     pub(crate) fn start(concurrency: usize) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -102,14 +113,6 @@ impl Engine {
 
     pub(crate) const fn concurrency(&self) -> usize {
         self.concurrency
-    }
-
-    pub(crate) fn transfer(&self, transfer: &Arc<TransferState>) {
-        self.shared.send(Command::Start(transfer.clone()));
-    }
-
-    pub(crate) fn stop(&self, transfer: &Arc<TransferState>) {
-        self.shared.send(Command::Stop(transfer.id));
     }
 
     /// Runs a question for each of `items`, a few at a time, and waits for the answers; `None` when

@@ -4,7 +4,6 @@
 //! talks to the stores; bytes are copied between its buffers and registered memory by that thread,
 //! so that a transfer that is called off is quiet when its requests are dropped.
 
-mod backend;
 mod client;
 mod config;
 mod engine;
@@ -19,8 +18,8 @@ use std::time::{Duration, SystemTime};
 
 use object_store::path::Path;
 
-use self::backend::ObjectBackend;
 use self::client::Client;
+use super::backend::StoreBackend;
 use super::error::{OpenError, StorageAction, StorageError, StorageErrorKind};
 use crate::agent::{Core, LaneChoice, LaneInfo, Session};
 use crate::config::Lane;
@@ -67,7 +66,7 @@ impl ObjectStore {
             core.config.storage.object_part_bytes >> 20,
         );
         tracing::info!(agent = %core.name, lane = %Lane::Object, %reason, "object store opened");
-        let backend = Arc::new(ObjectBackend::new(engine.clone()));
+        let backend = Arc::new(StoreBackend::new(engine.clone()));
         let backend = crate::backend::with_faults(core, backend);
         let choice = LaneChoice::new(Lane::Object, &reason, &[], 1);
         let session = Session::stored(core, &client.name, choice, backend);

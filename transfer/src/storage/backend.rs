@@ -1,9 +1,9 @@
-//! A file as the session sees it.
+//! A store as its session sees it.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::engine::Engine;
 use crate::agent::{RemoteRegion, Session};
 use crate::backend::{Backend, Refusal};
 use crate::error::TransferError;
@@ -11,22 +11,31 @@ use crate::memory::RegionId;
 use crate::op::TransferState;
 use crate::window::{Grant, WindowId};
 
-#[derive(Debug)]
-pub(super) struct FileBackend {
-    engine: Arc<Engine>,
+/// What moves the bytes of stores.
+pub(super) trait Moves: fmt::Debug + Send + Sync {
+    /// Starts moving; claimed parts are given back one by one.
+    fn transfer(&self, transfer: &Arc<TransferState>);
+
+    /// The transfer is called off.
+    fn stop(&self, transfer: &Arc<TransferState>);
 }
 
-impl FileBackend {
-    pub(super) const fn new(engine: Arc<Engine>) -> Self {
+#[derive(Debug)]
+pub(super) struct StoreBackend<E> {
+    engine: Arc<E>,
+}
+
+impl<E: Moves> StoreBackend<E> {
+    pub(super) const fn new(engine: Arc<E>) -> Self {
         Self { engine }
     }
 }
 
-impl Backend for FileBackend {
+impl<E: Moves> Backend for StoreBackend<E> {
     fn attach(&self, _session: &Arc<Session>) {}
 
     fn region(&self, _id: RegionId, _until: Instant) -> Result<RemoteRegion, Refusal> {
-        // A file is no peer: it has no regions to ask for.
+        // A store is no peer: it has no regions to ask for.
         Err(Refusal::Unknown)
     }
 
