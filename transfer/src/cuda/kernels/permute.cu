@@ -1,0 +1,57 @@
+// Copies that change the order of the bytes: from one layout of keys and values to another.
+#include "abi.cuh"
+#include "walk.cuh"
+#include "done.cuh"
+#include "access.cuh"
+
+// Every warp copies a range of units of its own. Its lanes each find one unit, the first by division and
+// the others by addition; then the warp copies these 32 runs, neighbouring lanes neighbouring vectors of a
+// run and then neighbouring runs, so that writes leave as whole lines when the host orders the axes by dst.
+template <typename V> static __device__ __forceinline__ void bp_permute_vectors(const BpPermute &p) {
+    u32 width = bp_run_lanes(p.run_bytes / sizeof(V)), groups = 32 / width;
+    u32 lane = threadIdx.x % 32, group = lane / width;
+    u64 warps = (u64)gridDim.x * (blockDim.x / 32), warp = blockIdx.x + (u64)gridDim.x * (threadIdx.x / 32);
+    u64 each = (p.unit_end - p.unit_begin + warps - 1) / warps;
+    u64 unit = p.unit_begin + warp * each, end = unit + each < p.unit_end ? unit + each : p.unit_end;
+    if (unit >= end) return;
+    BpPlace at = bp_unit(&p, unit + lane);
+    while (unit < end) {
+        u32 count = end - unit < 32 ? (u32)(end - unit) : 32;
+        for (u32 pass = 0; pass < p.run_bytes; pass += width * sizeof(V)) {
+            u32 offset = pass + lane % width * sizeof(V);
+            // Lanes without a vector take part in the exchange of addresses all the same.
+            bool idle = group >= groups || offset >= p.run_bytes;
+            for (u32 low = 0; low < count; low += BP_IN_FLIGHT * groups) {
+                V held[BP_IN_FLIGHT];
+                u64 to[BP_IN_FLIGHT];
+                BP_UNROLL
+                for (u32 k = 0; k < BP_IN_FLIGHT; k++) {
+                    u32 run = low + k * groups + group;
+                    u64 src = __shfl_sync(0xffffffff, at.src, run);
+                    to[k] = __shfl_sync(0xffffffff, at.dst, run);
+                    if (!idle && run < count) held[k] = bp_load<V>(src + offset);
+                }
+                BP_UNROLL
+                for (u32 k = 0; k < BP_IN_FLIGHT; k++)
+                    if (!idle && low + k * groups + group < count) bp_store(to[k] + offset, held[k]);
+            }
+        }
+        unit += 32;
+        bp_advance(&p, &at, 32);
+    }
+}
+
+// vector_bytes divides all addresses, strides and run_bytes.
+extern "C" __global__ void __launch_bounds__(BP_THREADS) bp_permute(const __grid_constant__ BpPermute p) {
+    bool go = bp_begin(p.done);
+    if (go) {
+        switch (p.vector_bytes) {
+        case 16: bp_permute_vectors<Bytes16>(p); break;
+        case 8: bp_permute_vectors<Bytes8>(p); break;
+        case 4: bp_permute_vectors<u32>(p); break;
+        case 2: bp_permute_vectors<u16>(p); break;
+        default: bp_permute_vectors<u8>(p);
+        }
+    }
+    bp_end(p.done, go);
+}
