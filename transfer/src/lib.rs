@@ -257,15 +257,17 @@ pub use error::{
 };
 pub use memory::{HostMemory, HugePageUse, RegionBusy, RegionId, RegionKind, Registration};
 pub use op::{
-    CancelOutcome, Completion, CompletionQueue, Descriptor, LocalBlocks, MappedBlocks,
+    CancelOutcome, Completion, CompletionQueue, Descriptor, LocalBlocks, LocalTensor, MappedBlocks,
     Notification, Notifications, Op, Plan, PostOptions, Prepared, Recv, RecvError, RemoteBlocks,
-    RemoteDescriptor, Transfer, TransferStatus, TransferTelemetry,
+    RemoteDescriptor, RemoteTensor, Transfer, TransferStatus, TransferTelemetry,
 };
 pub use peer::{
     FolderStore, MemoryStore, Metadata, MetadataContent, MetadataFileError, MetadataStore,
     RegionInfo, StoreError,
 };
-pub use plan::{BlockIds, BlockLayout, LayoutError};
+pub use plan::{
+    Axis, BlockIds, BlockLayout, KvAxis, KvBlockLayout, KvOrder, KvShape, KvSlice, LayoutError,
+};
 pub use stats::{AgentStats, CostBasis, CostEstimate, FlowStats, LatencyHistogram, PeerStats};
 #[cfg(feature = "object")]
 pub use storage::{

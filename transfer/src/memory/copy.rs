@@ -5,6 +5,8 @@
 
 use std::sync::LazyLock;
 
+use crate::plan::Row;
+
 /// Moves bytes between two places that this agent keeps alive.
 ///
 /// # Safety
@@ -68,6 +70,28 @@ pub(crate) unsafe fn copy_piece(from: *const u8, to: *mut u8, bytes: usize, stor
     } else {
         // SAFETY: by the contract of this function.
         unsafe { copy_bytes(from, to, bytes) }
+    }
+}
+
+/// Copies the runs of a row between two regions, with the stores that the size of the whole transfer
+/// asks for.
+///
+/// # Safety
+/// `from` and `to` are the first bytes of the regions whose offsets the row has, and every run of
+/// the row lies in them; otherwise as for [`copy_bytes`].
+pub(crate) unsafe fn copy_row(from: *const u8, to: *mut u8, row: Row, stores: Stores) {
+    // Offsets and lengths inside regions, whose lengths are usize.
+    let size = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
+    // SAFETY: inside the region, by the contract of this function.
+    let mut from = unsafe { from.add(size(row.from)) };
+    // SAFETY: as above.
+    let mut to = unsafe { to.add(size(row.to)) };
+    let (from_step, to_step) = (size(row.from_step), size(row.to_step));
+    for _ in 0..row.count {
+        // SAFETY: a run of the row, by the contract of this function.
+        unsafe { copy_piece(from, to, size(row.bytes), stores) };
+        from = from.wrapping_add(from_step);
+        to = to.wrapping_add(to_step);
     }
 }
 

@@ -17,7 +17,7 @@ mod region;
 pub use region::{HostMemory, HugePageUse, RegionBusy, RegionId, RegionKind, Registration};
 
 pub(crate) use arena::{advise_huge_pages, map_arena, small_file};
-pub(crate) use copy::{Stores, copy_bytes, copy_piece, publish};
+pub(crate) use copy::{Stores, copy_bytes, copy_piece, copy_row, publish};
 pub(crate) use foreign::{Batch, PeerProcess, address_of};
 pub(crate) use mapping::Mapping;
 pub(crate) use region::{Region, RegionOwner};

@@ -6,7 +6,7 @@ use crate::agent::{RemoteRegion, Session};
 use crate::config::RemoteAccess;
 use crate::error::{PrepareError, Side};
 use crate::plan::{BlockSet, LayoutError};
-use crate::window::Grant;
+use crate::window::{Grant, Scope};
 
 pub(crate) fn check_range(
     side: Side,
@@ -77,9 +77,9 @@ fn layers(set: &BlockSet) -> u64 {
 pub(super) fn check_window(
     session: &Session,
     remote: &RemoteRegion,
-    set: &BlockSet,
     op: Op,
     grant: Option<&Grant>,
+    covers: impl FnOnce(&Scope) -> Result<(), String>,
 ) -> Result<(), PrepareError> {
     let region = remote.id;
     match grant {
@@ -105,7 +105,7 @@ pub(super) fn check_window(
             if !grant.spec.access.allows(op == Op::Write) {
                 return Err(outside(format!("it is open for {:?}", grant.spec.access)));
             }
-            grant.spec.scope.covers(set).map_err(outside)
+            covers(&grant.spec.scope).map_err(outside)
         }
     }
 }

@@ -155,7 +155,9 @@ pub(crate) fn map_blocks(
         .window
         .map(|window| questions.window(window))
         .transpose()?;
-    check_window(&session, &region, &set, Op::Read, grant.as_deref())?;
+    check_window(&session, &region, Op::Read, grant.as_deref(), |scope| {
+        scope.covers(&set)
+    })?;
     if let Some(grant) = &grant
         && !grant.usage.begin()
     {

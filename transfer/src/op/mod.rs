@@ -10,6 +10,7 @@ mod prepare;
 mod request;
 mod state;
 mod telemetry;
+mod tensor;
 mod transfer;
 mod work;
 
@@ -17,7 +18,10 @@ pub use completion::{Completion, CompletionQueue};
 pub use map::MappedBlocks;
 pub use notify::{Notification, Notifications, Recv, RecvError};
 pub use prepare::Prepared;
-pub use request::{Descriptor, LocalBlocks, Op, Plan, PostOptions, RemoteBlocks, RemoteDescriptor};
+pub use request::{
+    Descriptor, LocalBlocks, LocalTensor, Op, Plan, PostOptions, RemoteBlocks, RemoteDescriptor,
+    RemoteTensor,
+};
 pub use telemetry::TransferTelemetry;
 pub use transfer::{CancelOutcome, Transfer, TransferStatus};
 
@@ -29,4 +33,5 @@ pub(crate) use prepare::{
     SETS_MAX, own as own_region, pair_blocks, post, prepare_blocks, prepare_descriptors,
 };
 pub(crate) use state::{TransferState, Turn};
+pub(crate) use tensor::prepare_tensors;
 pub(crate) use work::{Path, SetPair, Stripe, Work};

@@ -7,9 +7,10 @@ use std::cell::RefCell;
 
 use super::request::Op;
 use super::work::SetPair;
-use crate::agent::RemoteMemory;
+use crate::agent::{RemoteMemory, RemoteRegion};
 use crate::error::PrepareError;
-use crate::plan::{BlockSet, Order, Segments, Table, for_each_segment};
+use crate::memory::Region;
+use crate::plan::{BlockIds, BlockSet, Order, Segments, Table, TensorSet, for_each_segment};
 
 /// Bits kept per thread between two checks.
 const SCRATCH_WORDS_KEPT: usize = 32 << 10;
@@ -28,25 +29,34 @@ struct Extent {
 }
 
 impl Extent {
-    fn local(set: &SetPair) -> Self {
+    fn local(region: &Region) -> Self {
         Self {
             space: 0,
-            start: set.local_region.base() as u64,
-            bytes: set.local_region.len as u64,
+            start: region.base() as u64,
+            bytes: region.len as u64,
         }
     }
 
-    fn remote(set: &SetPair) -> Self {
-        let (space, start) = match &set.remote_region.memory {
+    fn remote(region: &RemoteRegion) -> Self {
+        let (space, start) = match &region.memory {
             RemoteMemory::Mapped(mapped) => (0, mapped.base() as u64),
             RemoteMemory::Foreign(_) | RemoteMemory::Streamed(_) | RemoteMemory::Stored => {
-                (set.remote_region.id.0.wrapping_add(1), 0)
+                (region.id.0.wrapping_add(1), 0)
             }
         };
         Self {
             space,
             start,
-            bytes: set.remote_region.len,
+            bytes: region.len,
+        }
+    }
+
+    /// The part between two offsets.
+    const fn part(self, (start, end): (u64, u64)) -> Self {
+        Self {
+            space: self.space,
+            start: self.start.saturating_add(start),
+            bytes: end.saturating_sub(start),
         }
     }
 
@@ -59,9 +69,11 @@ impl Extent {
 
 /// Destination and source of a set, and the blocks of the destination.
 fn sides(op: Op, set: &SetPair) -> (Extent, Extent, &BlockSet) {
+    let local = Extent::local(&set.local_region);
+    let remote = Extent::remote(&set.remote_region);
     match op {
-        Op::Write => (Extent::remote(set), Extent::local(set), &set.remote),
-        Op::Read => (Extent::local(set), Extent::remote(set), &set.local),
+        Op::Write => (remote, local, &set.remote),
+        Op::Read => (local, remote, &set.local),
     }
 }
 
@@ -103,6 +115,59 @@ pub(crate) fn check_overlap(op: Op, sets: &[SetPair]) -> Result<(), PrepareError
     }
 }
 
+/// Checks the two sides of a copy that rearranges: parts of blocks, valid for their regions.
+pub(crate) fn check_tensor_overlap(
+    op: Op,
+    (local_region, local): (&Region, &TensorSet),
+    (remote_region, remote): (&RemoteRegion, &TensorSet),
+) -> Result<(), PrepareError> {
+    let here = (Extent::local(local_region), local);
+    let there = (Extent::remote(remote_region), remote);
+    let ((to_extent, to), (from_extent, from)) = match op {
+        Op::Write => (there, here),
+        Op::Read => (here, there),
+    };
+    // Within a layout no two runs share a byte: a byte is named twice where a block is.
+    if !are_distinct(&to.ids) {
+        return Err(PrepareError::Overlap {
+            offset: first_named_twice(&to.ids).map_or(to.base, |id| to.block_at(id)),
+        });
+    }
+    if !to_extent
+        .part(to.reach())
+        .meets(&from_extent.part(from.reach()))
+    {
+        return Ok(());
+    }
+    let mut to = stretches(to_extent, to);
+    let mut from = stretches(from_extent, from);
+    check_pieces(&mut to, &mut from)
+}
+
+/// Pieces of one side.
+fn stretches(extent: Extent, set: &TensorSet) -> Vec<Piece> {
+    let stretches = set.stretches();
+    let mut pieces = Vec::new();
+    for id in set.ids.iter() {
+        let block = set.block_at(id);
+        stretches.all(|at| {
+            let address = extent.start.wrapping_add(block + at);
+            pieces.push((extent.space, address, stretches.bytes, block + at));
+            true
+        });
+    }
+    pieces
+}
+
+fn first_named_twice(ids: &BlockIds) -> Option<u32> {
+    let mut sorted: Vec<u32> = ids.iter().collect();
+    sorted.sort_unstable();
+    sorted
+        .windows(2)
+        .find(|pair| pair[0] == pair[1])
+        .map(|pair| pair[0])
+}
+
 /// Whether no destination (true) shares bytes with another extent. Memory can be registered twice:
 /// addresses tell, not regions.
 fn apart(mut extents: Vec<(Extent, bool)>) -> bool {
@@ -133,20 +198,20 @@ fn apart(mut extents: Vec<(Extent, bool)>) -> bool {
 /// cheaply.
 fn disjoint(sets: &[&BlockSet], region_bytes: u64) -> bool {
     match sets {
-        [set] if set.layout.block_stride >= set.layout.run_bytes => distinct_ids(set),
+        [set] if set.layout.block_stride >= set.layout.run_bytes => are_distinct(&set.ids),
         _ => distinct_granules(sets, region_bytes),
     }
 }
 
-/// Whether a set names no block twice.
-fn distinct_ids(set: &BlockSet) -> bool {
-    let Some(ids) = set.ids.list() else {
+/// Whether no block is named twice.
+fn are_distinct(block_ids: &BlockIds) -> bool {
+    let Some(ids) = block_ids.list() else {
         return true;
     };
     if ids.is_sorted_by(|a, b| a < b) {
         return true;
     }
-    let words = set.ids.max().map_or(0, |max| max as usize / 64 + 1);
+    let words = block_ids.max().map_or(0, |max| max as usize / 64 + 1);
     if words <= affordable(ids.len()) {
         return with_scratch(words, |bits| {
             ids.iter().fold(0, |twice, &id| {
@@ -232,13 +297,16 @@ fn with_scratch<T>(words: usize, check: impl FnOnce(&mut [u64]) -> T) -> T {
     })
 }
 
+/// Address space, address, bytes, and offset in its region.
+type Piece = (u64, u64, u64, u64);
+
 /// The general case: sorts the pieces of the destination and of the source.
 fn check_sorted(op: Op, sets: &[SetPair]) -> Result<(), PrepareError> {
-    // A piece is (address space, address, bytes, offset in its region).
     let mut to = Vec::new();
     let mut from = Vec::new();
     for set in sets {
-        let (local, remote) = (Extent::local(set), Extent::remote(set));
+        let local = Extent::local(&set.local_region);
+        let remote = Extent::remote(&set.remote_region);
         for_each_segment(
             &set.local,
             &set.remote,
@@ -253,7 +321,12 @@ fn check_sorted(op: Op, sets: &[SetPair]) -> Result<(), PrepareError> {
             },
         );
     }
-    let end = |piece: &(u64, u64, u64, u64)| (piece.0, piece.1.saturating_add(piece.2));
+    check_pieces(&mut to, &mut from)
+}
+
+/// Whether no piece of the destination shares a byte with another one or with the source.
+fn check_pieces(to: &mut [Piece], from: &mut [Piece]) -> Result<(), PrepareError> {
+    let end = |piece: &Piece| (piece.0, piece.1.saturating_add(piece.2));
     to.sort_unstable();
     for pair in to.windows(2) {
         if end(&pair[0]) > (pair[1].0, pair[1].1) {
@@ -262,7 +335,7 @@ fn check_sorted(op: Op, sets: &[SetPair]) -> Result<(), PrepareError> {
     }
     from.sort_unstable();
     let mut sources = from.iter().peekable();
-    for piece in &to {
+    for piece in to.iter() {
         while sources
             .next_if(|source| end(source) <= (piece.0, piece.1))
             .is_some()

@@ -12,7 +12,7 @@ use super::request::{
 };
 use super::state::TransferState;
 use super::transfer::Transfer;
-use super::work::{Path, SetPair, Work, stripe_sets};
+use super::work::{Path, SetPair, TensorCopy, Work, stripe_sets};
 use crate::agent::{Core, NoSession, Peer, RemoteMemory, RemoteRegion, Session};
 use crate::backend::Refusal;
 use crate::clock::{after, after_instant};
@@ -328,7 +328,7 @@ impl<'a> Questions<'a> {
 }
 
 /// The checks and the planning that block sets and descriptor lists share.
-fn finish(
+pub(super) fn finish(
     core: &Arc<Core>,
     session: Arc<Session>,
     questions: &Questions<'_>,
@@ -343,90 +343,127 @@ fn finish(
     {
         return Err(PrepareError::Empty);
     }
-    let too_large = |what, got: u64, limit: u64| PrepareError::TooLarge { what, got, limit };
     if sets.len() > SETS_MAX {
-        return Err(too_large(
-            "number of sets",
-            sets.len() as u64,
-            SETS_MAX as u64,
-        ));
+        return Err(PrepareError::TooLarge {
+            what: "number of sets",
+            got: sets.len() as u64,
+            limit: SETS_MAX as u64,
+        });
     }
     let grant = window.map(|window| questions.window(window)).transpose()?;
-    let mut starts = Vec::with_capacity(sets.len());
-    let (mut bytes, mut runs, mut pieces) = (0u64, 0, 0);
+    let mut checked = Checked {
+        starts: Vec::with_capacity(sets.len()),
+        grant,
+        ..Checked::default()
+    };
     for set in &sets {
         check_set(set)?;
-        check_window(
-            &session,
-            &set.remote_region,
-            &set.remote,
-            op,
-            grant.as_deref(),
-        )?;
-        starts.push(bytes);
-        bytes = bytes.saturating_add(set.local.bytes());
-        runs += set.local.runs();
-        pieces += segment_count(&set.local, &set.remote, set.order);
+        let grant = checked.grant.as_deref();
+        check_window(&session, &set.remote_region, op, grant, |scope| {
+            scope.covers(&set.remote)
+        })?;
+        checked.starts.push(checked.bytes);
+        checked.bytes = checked.bytes.saturating_add(set.local.bytes());
+        checked.runs += set.local.runs();
+        checked.pieces += segment_count(&set.local, &set.remote, set.order);
     }
-    if bytes > i64::MAX.unsigned_abs() {
-        return Err(too_large("number of bytes", bytes, i64::MAX.unsigned_abs()));
-    }
+    check_bytes(checked.bytes)?;
     check_overlap(op, &sets)?;
+    checked.sets = sets;
+    Ok(checked.plan(core, session, op))
+}
 
-    let lane = session.lane().lane;
-    let streamed = |set: &SetPair| matches!(set.remote_region.memory, RemoteMemory::Streamed(_));
-    let foreign = |set: &SetPair| matches!(set.remote_region.memory, RemoteMemory::Foreign(_));
-    let (path, parts, reason) = if !sets.iter().any(streamed) {
-        let how = if sets.iter().any(foreign) {
-            "copied by the kernel (process_vm)"
-        } else {
-            "copied"
+pub(super) fn check_bytes(bytes: u64) -> Result<(), PrepareError> {
+    let limit = i64::MAX.unsigned_abs();
+    if bytes > limit {
+        return Err(PrepareError::TooLarge {
+            what: "number of bytes",
+            got: bytes,
+            limit,
+        });
+    }
+    Ok(())
+}
+
+/// An operation that may run.
+#[derive(Debug, Default)]
+pub(super) struct Checked {
+    /// Pairs of block sets, or `tensors`.
+    pub(super) sets: Vec<SetPair>,
+    /// Copies that rearrange; none of their memory is streamed.
+    pub(super) tensors: Vec<TensorCopy>,
+    /// Logical offset at which each of them begins.
+    pub(super) starts: Vec<u64>,
+    pub(super) bytes: u64,
+    pub(super) runs: u64,
+    pub(super) pieces: u64,
+    pub(super) grant: Option<Arc<Grant>>,
+    /// How the bytes are rearranged.
+    pub(super) rearranged: Option<String>,
+}
+
+impl Checked {
+    /// Chooses how the bytes move.
+    pub(super) fn plan(self, core: &Arc<Core>, session: Arc<Session>, op: Op) -> Prepared {
+        let Self { sets, tensors, .. } = &self;
+        let memories = || {
+            let tensors = tensors.iter().map(|copy| &copy.remote_region);
+            let regions = tensors.chain(sets.iter().map(|set| &set.remote_region));
+            regions.map(|region| &region.memory)
         };
-        // 2^30 parts at most, far above what a 48-bit address space needs at the default size.
-        let part_bytes = core
-            .config
-            .copy_part_bytes
-            .max((bytes >> 30).next_multiple_of(64));
-        let parts = u32::try_from(parts_of(bytes, part_bytes)).unwrap_or(u32::MAX);
-        (
-            Path::Copy { part_bytes },
-            parts,
-            format!("{}; {how}", session.lane().reason),
-        )
-    } else {
-        let stripes = stripe_sets(&sets, bytes, session.streams());
-        let parts = u32::try_from(stripes.len()).unwrap_or(u32::MAX);
-        let reason = match sets.iter().find_map(|set| match &set.remote_region.memory {
+        let streamed = memories().find_map(|memory| match memory {
             RemoteMemory::Streamed(why) => Some(why),
             RemoteMemory::Mapped(_) | RemoteMemory::Foreign(_) | RemoteMemory::Stored => None,
-        }) {
-            Some(why) => format!("{}; streamed: {why}", session.lane().reason),
-            None => session.lane().reason.clone(),
+        });
+        let lane = session.lane().lane;
+        let mut reason = session.lane().reason.clone();
+        let (path, parts) = if let Some(why) = streamed {
+            let stripes = stripe_sets(sets, self.bytes, session.streams());
+            let parts = u32::try_from(stripes.len()).unwrap_or(u32::MAX);
+            reason.push_str("; streamed: ");
+            reason.push_str(why);
+            (Path::Stream { stripes }, parts)
+        } else {
+            let by_kernel = memories().any(|memory| matches!(memory, RemoteMemory::Foreign(_)));
+            reason.push_str(match by_kernel {
+                true => "; copied by the kernel (process_vm)",
+                false => "; copied",
+            });
+            // 2^30 parts at most, far above what a 48-bit address space needs at the default size.
+            let least = (self.bytes >> 30).next_multiple_of(64);
+            let mut part_bytes = core.config.copy_part_bytes.max(least);
+            if let Some(copy) = tensors.first()
+                && copy.pair.run_bytes < part_bytes
+            {
+                part_bytes = part_bytes.next_multiple_of(copy.pair.run_bytes);
+            }
+            let parts = u32::try_from(parts_of(self.bytes, part_bytes)).unwrap_or(u32::MAX);
+            (Path::Copy { part_bytes }, parts)
         };
-        (Path::Stream { stripes }, parts, reason)
-    };
-    let plan = Plan {
-        op,
-        bytes,
-        runs,
-        pieces,
-        sets: sets.len(),
-        parts,
-        lane,
-        reason,
-    };
-    let work = Arc::new(Work {
-        op,
-        sets,
-        starts,
-        path,
-        parts,
-        grant,
-        plan,
-    });
-    Ok(Prepared {
-        core: core.clone(),
-        session,
-        work,
-    })
+        if let Some(how) = &self.rearranged {
+            reason.push_str("; ");
+            reason.push_str(how);
+        }
+        let plan = Plan {
+            op,
+            bytes: self.bytes,
+            runs: self.runs,
+            pieces: self.pieces,
+            sets: sets.len() + tensors.len(),
+            parts,
+            lane,
+            reason,
+        };
+        let work = Arc::new(Work {
+            op,
+            sets: self.sets,
+            tensors: self.tensors,
+            starts: self.starts,
+            path,
+            parts,
+            grant: self.grant,
+            plan,
+        });
+        Prepared::new(core.clone(), session, work)
+    }
 }

@@ -10,7 +10,7 @@ use super::completion::CompletionQueue;
 use crate::agent::Peer;
 use crate::config::Lane;
 use crate::memory::{RegionId, Registration};
-use crate::plan::{BlockIds, BlockLayout};
+use crate::plan::{BlockIds, BlockLayout, KvBlockLayout, KvSlice};
 use crate::window::WindowId;
 
 /// Direction of an operation, seen from the agent that posts it.
@@ -61,6 +61,37 @@ pub struct RemoteBlocks<'a> {
     pub window: Option<WindowId>,
 }
 
+/// A part of the blocks of a KV cache in this agent's memory.
+#[derive(Clone, Debug)]
+pub struct LocalTensor<'a> {
+    /// The region.
+    pub registration: &'a Registration,
+    /// How the cache lies in it.
+    pub layout: KvBlockLayout,
+    /// Block ids; the i-th pairs with the i-th remote id.
+    pub ids: BlockIds,
+    /// The part of each block; the i-th layer, plane, token and head of it pair with the i-th of the
+    /// remote part.
+    pub slice: KvSlice,
+}
+
+/// A part of the blocks of a KV cache in a peer's memory.
+#[derive(Clone, Debug)]
+pub struct RemoteTensor<'a> {
+    /// The peer.
+    pub peer: &'a Peer,
+    /// The region, as the peer names it.
+    pub region: RegionId,
+    /// How the cache lies in it.
+    pub layout: KvBlockLayout,
+    /// Block ids.
+    pub ids: BlockIds,
+    /// The part of each block.
+    pub slice: KvSlice,
+    /// The window through which the blocks are accessed, if the region needs one.
+    pub window: Option<WindowId>,
+}
+
 /// A piece of this agent's memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Descriptor<'a> {
@@ -95,7 +126,8 @@ pub struct Plan {
     pub runs: u64,
     /// Pieces that are contiguous on both sides, after merging.
     pub pieces: u64,
-    /// Pairs of block sets; a regular list is one.
+    /// Pairs of block sets; a regular list is one. A copy that rearranges counts as one for each
+    /// nest of loops.
     pub sets: usize,
     /// Parts of a copy, or stripes over streams.
     pub parts: u32,

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use super::request::{Op, Plan};
 use crate::agent::{ForeignMemory, MappedMemory, RemoteMemory, RemoteRegion};
 use crate::error::PostError;
-use crate::memory::{Batch, Region, Stores, copy_piece, publish};
-use crate::plan::{BlockSet, Order, for_each_segment, part_range, stripes};
+use crate::memory::{Batch, Region, Stores, copy_piece, copy_row, publish};
+use crate::plan::{BlockSet, Order, Row, TensorPair, for_each_segment, part_range, stripes};
 use crate::storage::FileWork;
 #[cfg(feature = "object")]
 use crate::storage::ObjectWork;
@@ -51,12 +51,25 @@ pub(crate) struct SetPair {
     pub(crate) order: Order,
 }
 
+/// A copy that rearranges blocks on the way: what [`SetPair`] is for copies that do not.
+#[derive(Debug)]
+pub(crate) struct TensorCopy {
+    pub(crate) local_region: Arc<Region>,
+    pub(crate) remote_region: Arc<RemoteRegion>,
+    /// From the local region for a WRITE, from the remote one for a READ.
+    pub(crate) pair: TensorPair,
+}
+
 /// What a posted operation does; shared by all postings.
 #[derive(Debug)]
 pub(crate) struct Work {
     pub(crate) op: Op,
+    /// Pairs of block sets, or `tensors`.
     pub(crate) sets: Vec<SetPair>,
-    /// Logical offset at which each set begins.
+    /// Copies that rearrange, for paths that take them as they are. All of them are between the
+    /// same two regions, and have runs of one length. Other paths have them as `sets`.
+    pub(crate) tensors: Vec<TensorCopy>,
+    /// Logical offset at which each set or tensor begins.
     pub(crate) starts: Vec<u64>,
     pub(crate) path: Path,
     pub(crate) parts: u32,
@@ -92,28 +105,32 @@ impl Work {
         {
             return Err(PostError::WindowClosed { window: grant.id });
         }
-        for (index, set) in self.sets.iter().enumerate() {
-            if !set.remote_region.begin_use() {
-                self.end_use_of(&self.sets[..index]);
-                return Err(PostError::RegionReleased {
-                    region: set.remote_region.id,
-                });
+        for (index, region) in self.regions().enumerate() {
+            if !region.begin_use() {
+                self.end_use_of(index);
+                return Err(PostError::RegionReleased { region: region.id });
             }
         }
         Ok(())
     }
 
-    /// None of the bytes of that posting moves any more.
-    pub(crate) fn end_use(&self) {
-        self.end_use_of(&self.sets);
+    /// The memory of the peer, once for each time that it is in use by one posting.
+    fn regions(&self) -> impl Iterator<Item = &Arc<RemoteRegion>> {
+        let tensors = self.tensors.iter().take(1).map(|copy| &copy.remote_region);
+        tensors.chain(self.sets.iter().map(|set| &set.remote_region))
     }
 
-    fn end_use_of(&self, sets: &[SetPair]) {
+    /// None of the bytes of that posting moves any more.
+    pub(crate) fn end_use(&self) {
+        self.end_use_of(usize::MAX);
+    }
+
+    fn end_use_of(&self, regions: usize) {
         if let Some(grant) = &self.grant {
             grant.usage.end();
         }
-        for set in sets {
-            set.remote_region.end_use();
+        for region in self.regions().take(regions) {
+            region.end_use();
         }
     }
 
@@ -128,20 +145,124 @@ impl Work {
         let range = part_range(self.plan.bytes, part_bytes, u64::from(part));
         let stores = Stores::for_transfer(self.plan.bytes);
         let first = self.starts.partition_point(|start| *start <= range.start) - 1;
-        for (set, &start) in self.sets[first..].iter().zip(&self.starts[first..]) {
-            if start >= range.end {
-                break;
+        let within = |start: u64, bytes: u64| {
+            range.start.saturating_sub(start)..range.end.saturating_sub(start).min(bytes)
+        };
+        let starts = self.starts[first..]
+            .iter()
+            .take_while(|start| **start < range.end);
+        if self.tensors.is_empty() {
+            for (set, &start) in self.sets[first..].iter().zip(starts) {
+                let within = within(start, set.local.bytes());
+                match &set.remote_region.memory {
+                    RemoteMemory::Mapped(at) => set.copy_mapped(at, self.op, within, stores),
+                    RemoteMemory::Foreign(at) => set.copy_foreign(at, self.op, within)?,
+                    RemoteMemory::Streamed(_) | RemoteMemory::Stored => {}
+                }
             }
-            let within =
-                range.start.saturating_sub(start)..(range.end - start).min(set.local.bytes());
-            match &set.remote_region.memory {
-                RemoteMemory::Mapped(remote) => set.copy_mapped(remote, self.op, within, stores),
-                RemoteMemory::Foreign(remote) => set.copy_foreign(remote, self.op, within)?,
-                RemoteMemory::Streamed(_) | RemoteMemory::Stored => {}
+        } else {
+            for (copy, &start) in self.tensors[first..].iter().zip(starts) {
+                let within = within(start, copy.pair.bytes());
+                match &copy.remote_region.memory {
+                    RemoteMemory::Mapped(at) => copy.copy_mapped(at, self.op, within, stores),
+                    RemoteMemory::Foreign(at) => copy.copy_foreign(at, self.op, within)?,
+                    RemoteMemory::Streamed(_) | RemoteMemory::Stored => {}
+                }
             }
         }
         publish(stores);
         Ok(())
+    }
+}
+
+impl TensorCopy {
+    fn copy_mapped(&self, remote: &MappedMemory, op: Op, within: Range<u64>, stores: Stores) {
+        let (from, to) = match op {
+            Op::Write => (self.local_region.base(), remote.base()),
+            Op::Read => (remote.base(), self.local_region.base()),
+        };
+        self.pair.for_each_row(within, |row| {
+            // SAFETY: the pair was planned for these regions, which `self` keeps alive: its rows
+            // lie in them. The crate forms no references into regions.
+            unsafe { copy_row(from, to, row, stores) };
+        });
+    }
+
+    /// One call of the kernel for many runs.
+    fn copy_foreign(&self, remote: &ForeignMemory, op: Op, within: Range<u64>) -> io::Result<()> {
+        let mut calls = KernelCopy::new(remote, op);
+        self.pair.for_each_row(within, |row| {
+            let Row {
+                from,
+                to,
+                count,
+                from_step,
+                to_step,
+                bytes,
+            } = row;
+            for run in 0..count {
+                let (from, to) = (from + run * from_step, to + run * to_step);
+                let (l, r) = if op == Op::Write {
+                    (from, to)
+                } else {
+                    (to, from)
+                };
+                // SAFETY: the pair was planned for these regions, which `self` keeps alive.
+                unsafe { calls.add(&self.local_region, l, r, bytes) };
+            }
+        });
+        calls.end()
+    }
+}
+
+/// Copies by the kernel, many pieces a call.
+struct KernelCopy<'a> {
+    remote: &'a ForeignMemory,
+    write: bool,
+    batch: Batch,
+    result: io::Result<()>,
+}
+
+impl<'a> KernelCopy<'a> {
+    fn new(remote: &'a ForeignMemory, op: Op) -> Self {
+        Self {
+            remote,
+            write: op == Op::Write,
+            batch: Batch::default(),
+            result: Ok(()),
+        }
+    }
+
+    /// Adds a piece, unless an earlier one failed.
+    ///
+    /// # Safety
+    /// Both ranges lie in their regions, which outlive `self`; the crate forms no references into
+    /// regions.
+    unsafe fn add(&mut self, local: &Region, l: u64, r: u64, bytes: u64) {
+        if self.result.is_err() {
+            return;
+        }
+        // Offsets lie inside regions, whose lengths are usize.
+        let [l, bytes] = [l, bytes].map(|v| usize::try_from(v).unwrap_or(usize::MAX));
+        // SAFETY: by the contract of this function.
+        let l = unsafe { local.base().add(l) };
+        self.batch.push(l, self.remote.base.wrapping_add(r), bytes);
+        if self.batch.full() {
+            self.flush();
+        }
+    }
+
+    fn flush(&mut self) {
+        // SAFETY: the pieces lie in regions that outlive `self`, by the contract of `add`.
+        self.result = unsafe { self.remote.process.copy(&self.batch, self.write) };
+        self.batch.clear();
+    }
+
+    fn end(mut self) -> io::Result<()> {
+        if self.result.is_ok() && !self.batch.is_empty() {
+            self.flush();
+        }
+        self.result
     }
 }
 
@@ -173,39 +294,18 @@ impl SetPair {
 
     /// One call of the kernel for many pieces.
     fn copy_foreign(&self, remote: &ForeignMemory, op: Op, within: Range<u64>) -> io::Result<()> {
-        let local = self.local_region.base();
-        let mut batch = Batch::default();
-        let mut result = Ok(());
-        let copy = |batch: &mut Batch| {
-            // SAFETY: the pieces lie in a region that `self` keeps alive; the crate forms no
-            // references into regions.
-            let copied = unsafe { remote.process.copy(batch, op == Op::Write) };
-            batch.clear();
-            copied
-        };
+        let mut calls = KernelCopy::new(remote, op);
         for_each_segment(
             &self.local,
             &self.remote,
             self.order,
             within,
             |l, r, bytes| {
-                if result.is_err() {
-                    return;
-                }
-                // Offsets lie inside regions, whose lengths are usize.
-                let [l, bytes] = [l, bytes].map(|v| usize::try_from(v).unwrap_or(usize::MAX));
-                // SAFETY: the local set is validated against this region.
-                let l = unsafe { local.add(l) };
-                batch.push(l, remote.base.wrapping_add(r), bytes);
-                if batch.full() {
-                    result = copy(&mut batch);
-                }
+                // SAFETY: both sets are validated against these regions, which `self` keeps alive.
+                unsafe { calls.add(&self.local_region, l, r, bytes) };
             },
         );
-        if result.is_ok() && !batch.is_empty() {
-            result = copy(&mut batch);
-        }
-        result
+        calls.end()
     }
 }
 

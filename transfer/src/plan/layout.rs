@@ -1,5 +1,7 @@
 //! Block layouts: where block `b`, layer `l` of a region lies.
 
+use super::tensor::KvAxis;
+
 /// A regular arrangement of blocks in a region:
 /// `address(block, layer) = offset + block * block_stride + layer * layer_stride`, and from there
 /// `run_bytes` contiguous bytes. No two runs share a byte.
@@ -124,6 +126,36 @@ pub enum LayoutError {
         stride: u64,
         /// What it has to clear.
         needed: u64,
+    },
+    /// Runs of a KV cache overlap.
+    #[error(
+        "the stride of {axis}, {stride}, is shorter than the {needed} bytes that it steps over"
+    )]
+    AxisOverlap {
+        /// The axis whose stride is too short.
+        axis: KvAxis,
+        /// Its stride.
+        stride: u64,
+        /// What it has to clear.
+        needed: u64,
+    },
+    /// An order that names an axis twice.
+    #[error("the order names {axis} twice; accepted: each axis once")]
+    AxisTwice {
+        /// The axis.
+        axis: KvAxis,
+    },
+    /// A range along an axis that is empty or that the layout does not have.
+    #[error("{axis} {start}..{end} of a layout with {count} {axis}")]
+    Slice {
+        /// The axis.
+        axis: KvAxis,
+        /// First one.
+        start: u32,
+        /// End of the range.
+        end: u32,
+        /// How many there are.
+        count: u32,
     },
     /// Bytes behind the end of the region.
     #[error("reaches byte {end} of a region of {region_bytes} bytes")]

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::plan::{BlockIds, BlockLayout, BlockSet, LayoutError, Order, Segments};
+use crate::plan::{BlockIds, BlockLayout, BlockSet, LayoutError, Order, Segments, TensorSet};
 
 /// Runs that are looked up one by one in a window over ranges; what a peer asks for takes this
 /// agent's time.
@@ -15,7 +15,8 @@ pub enum WindowScope {
     Region,
     /// Byte ranges of the region, in any order.
     Ranges(Vec<Range<u64>>),
-    /// Blocks of a layout, all layers. Operations through the window use the same layout.
+    /// Blocks of a layout, all layers. Operations through the window use the same layout, or another
+    /// one that has the same blocks at the same places and stays within their runs.
     Blocks {
         /// The layout.
         layout: BlockLayout,
@@ -45,6 +46,42 @@ pub(crate) struct BlockScope {
 }
 
 impl BlockScope {
+    /// Whether a set of another layout stays within the blocks.
+    fn covers_parts(&self, set: &TensorSet) -> Result<(), String> {
+        let differs = || Err("the layout does not have the blocks of the window's".to_owned());
+        let own = &self.layout;
+        let Some(base) = set.base.checked_sub(own.offset) else {
+            return differs();
+        };
+        if set.block_stride != own.block_stride {
+            return differs();
+        }
+        // Layers that touch are one run.
+        let touch = own.layers == 1 || own.layer_stride == own.run_bytes;
+        let (layers, run_bytes) = match own.run_bytes.checked_mul(own.layers.into()) {
+            Some(all) if touch => (1, all),
+            _ => (u64::from(own.layers), own.run_bytes),
+        };
+        let stretches = set.stretches();
+        few(stretches.count())?;
+        let within = stretches.all(|at| {
+            let at = base.saturating_add(at);
+            let (layer, at) = match layers {
+                1 => (0, at),
+                _ => match at.checked_div(own.layer_stride) {
+                    Some(layer) => (layer, at % own.layer_stride),
+                    None => return false,
+                },
+            };
+            layer < layers && at.saturating_add(stretches.bytes) <= run_bytes
+        });
+        if within {
+            self.covers(&set.ids)
+        } else {
+            differs()
+        }
+    }
+
     fn covers(&self, ids: &BlockIds) -> Result<(), String> {
         let outside = |id: u32| Err(format!("block {id}"));
         let (own, wanted) = (self.ids.as_span(), ids.as_span());
@@ -161,30 +198,54 @@ impl Scope {
         match self {
             Self::Region => Ok(()),
             Self::Ranges(ranges) => {
-                if set.runs() > RUNS_MAX {
-                    return Err(format!(
-                        "{} runs; a window over ranges is looked up for up to {RUNS_MAX}",
-                        set.runs()
-                    ));
-                }
-                for (offset, bytes) in Segments::new(set, Order::BlockMajor, 0..set.bytes()) {
-                    let at = ranges.partition_point(|range| range.end <= offset);
-                    let inside = ranges
-                        .get(at)
-                        .is_some_and(|range| range.start <= offset && offset + bytes <= range.end);
-                    if !inside {
-                        return Err(format!("bytes {offset}..{}", offset + bytes));
-                    }
-                }
-                Ok(())
+                few(set.runs())?;
+                Segments::new(set, Order::BlockMajor, 0..set.bytes())
+                    .try_for_each(|(offset, bytes)| inside(ranges, offset, bytes))
             }
-            Self::Blocks(blocks) => {
-                if blocks.layout != set.layout {
-                    return Err("the layout is not the one that the window was opened with".into());
-                }
-                blocks.covers(&set.ids)
-            }
+            Self::Blocks(blocks) if blocks.layout == set.layout => blocks.covers(&set.ids),
+            Self::Blocks(blocks) => blocks.covers_parts(&set.into()),
         }
+    }
+
+    /// The same for parts of blocks.
+    pub(crate) fn covers_parts(&self, set: &TensorSet) -> Result<(), String> {
+        match self {
+            Self::Region => Ok(()),
+            Self::Ranges(ranges) => {
+                let stretches = set.stretches();
+                few(stretches.count().saturating_mul(set.ids.len() as u64))?;
+                set.ids.iter().try_for_each(|id| {
+                    let block = set.block_at(id);
+                    let mut outside = Ok(());
+                    stretches.all(|at| {
+                        outside = inside(ranges, block + at, stretches.bytes);
+                        outside.is_ok()
+                    });
+                    outside
+                })
+            }
+            Self::Blocks(blocks) => blocks.covers_parts(set),
+        }
+    }
+}
+
+/// Whether so many runs are looked up one by one.
+fn few(runs: u64) -> Result<(), String> {
+    if runs > RUNS_MAX {
+        return Err(format!(
+            "{runs} runs; a window over ranges is looked up for up to {RUNS_MAX}"
+        ));
+    }
+    Ok(())
+}
+
+/// Whether a stretch lies in one of the ranges, which are sorted.
+fn inside(ranges: &[Range<u64>], offset: u64, bytes: u64) -> Result<(), String> {
+    let end = offset.saturating_add(bytes);
+    let at = ranges.partition_point(|range| range.end <= offset);
+    match ranges.get(at) {
+        Some(range) if range.start <= offset && end <= range.end => Ok(()),
+        _ => Err(format!("bytes {offset}..{end}")),
     }
 }
 

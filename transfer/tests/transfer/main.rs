@@ -19,6 +19,7 @@ mod process;
 mod streams;
 mod suite;
 mod support;
+mod tensors;
 mod tls;
 
 use blockplane_transfer::Lane;
@@ -76,6 +77,16 @@ conformance! {
     both_connect_at_once,
     a_lost_peer_is_named_before_its_windows,
     the_lost_do_not_count_as_peers;
+    tensors:
+    every_arrangement_becomes_every_other,
+    there_and_back_is_what_it_was,
+    parts_of_blocks_pair_up,
+    ranks_merge_and_split,
+    blocks_of_different_length,
+    windows_cover_parts_of_blocks,
+    tensors_that_do_not_fit_are_named,
+    an_agent_rearranges_its_own_memory,
+    ordinary_memory_is_rearranged;
     peers:
     a_remembered_peer_is_connected_when_it_is_used,
     estimates_come_from_the_connection;

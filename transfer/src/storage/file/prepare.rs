@@ -146,6 +146,7 @@ fn finish(
         op,
         starts: measured.starts,
         sets,
+        tensors: Vec::new(),
         path: Path::File(Arc::new(work)),
         parts,
         grant: None,
@@ -194,6 +195,7 @@ pub(super) fn sync_work(file: &Arc<StoredFile>, session: &Session) -> Work {
     Work {
         op: Op::Write,
         sets: Vec::new(),
+        tensors: Vec::new(),
         starts: Vec::new(),
         path: Path::File(Arc::new(FileWork {
             file: file.clone(),

@@ -156,6 +156,7 @@ pub(crate) fn prepare_objects(
     let work = Work {
         op,
         sets: vec![set],
+        tensors: Vec::new(),
         starts: measured.starts,
         path: Path::Objects(Arc::new(work)),
         parts: count,
