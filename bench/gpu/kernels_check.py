@@ -102,8 +102,10 @@ class Gpu:
             self.call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
             functions[name] = function
         if "bp_copy_bulk" in functions:
-            # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self.call("cuFuncSetAttribute", functions["bp_copy_bulk"], 8, 224 << 10)
+            # All that the static part leaves: attributes SHARED_SIZE_BYTES, MAX_DYNAMIC_SHARED_SIZE_BYTES.
+            static = ctypes.c_int()
+            self.call("cuFuncGetAttribute", ctypes.byref(static), 1, functions["bp_copy_bulk"])
+            self.call("cuFuncSetAttribute", functions["bp_copy_bulk"], 8, (227 << 10) - static.value)
         return functions
 
     def alloc(self, where, size):
@@ -344,11 +346,11 @@ def check_copies(gpu, functions, threads=lambda lanes: lanes, stages=1, per_warp
                 cases += 3
             if "bp_copy_bulk" in kernels and unit == 16:
                 f = functions["bp_copy_bulk"]
-                for chunk, grid, lanes in ((4096, 16, 48), (16384, 1, 12), (1024, 132, 200), (4096, 3, 1), (8192, 8, 24)):
+                for chunk, grid, lanes in ((4096, 16, 48), (16384, 1, 12), (1024, 132, 120), (4096, 3, 1), (8192, 8, 24)):
                     lanes = max(1, lanes // stages)
                     if per_warp < 32:
                         lanes = -(-lanes // per_warp) * per_warp
-                    if threads(lanes) > 512 or chunk * lanes * stages > 224 << 10:
+                    if threads(lanes) > 512 or chunk * lanes * stages > 220 << 10:
                         continue
                     run(slot, f, chunk, grid, threads(lanes), chunk * lanes * stages)
                     cases += 1
@@ -541,46 +543,65 @@ def time_copies(gpu, functions, times):
 
 def time_variants(gpu, times):
     """What the kernels leave open."""
-    few = (4, 8, 16, 64)
+    few = (4, 8, 16, 24, 64)
     ways = [path for path in paths(gpu) if path[0] in ("push", "pull")] or [("same", (0, 0))]
+
+    def bulk(label, functions, name, where, blocks, shapes, stages=1, per_warp=32):
+        def threads(lanes):
+            return lanes if per_warp == 32 else -(-lanes // per_warp) * 32
+
+        for block in blocks:
+            for lanes, chunk in shapes:
+                lanes = lanes // stages
+                if per_warp < 32:
+                    lanes = lanes // per_warp * per_warp
+                if lanes and threads(lanes) <= 512 and chunk <= block:
+                    times.copies(f"{label} {name} {block // 1024} KiB {lanes} x {chunk}", where, functions["bp_copy_bulk"], block, chunk, threads(lanes), lanes * stages * chunk, few)
+
+    both = (4096, 32768)
     if int(gpu.arch) >= 90:
-        head("bulk variants", few)
+        head("bulk: order of chunks (0 lanes side by side, 1 a range per lane, 2 a range per CTA)", few)
+        for order in (0, 1, 2):
+            functions = gpu.compile(f"-DBP_BULK_ORDER={order}", f"-DBP_LANES_ORDER={order}")
+            check_copies(gpu, functions, kernels=("bp_copy_bulk", "bp_copy_lanes"), few=True)
+            for name, where in ways:
+                bulk(f"order {order}", functions, name, where, both, ((48, 4096), (12, 16384)))
+        head("bulk: stages and lanes", few)
         for label, options, stages, per_warp in (
             ("2 stages", ("-DBP_BULK_STAGES=2",), 2, 32),
             ("3 stages", ("-DBP_BULK_STAGES=3",), 3, 32),
             ("4 lanes/warp", ("-DBP_LANES_PER_WARP=4",), 1, 4),
             ("12 lanes/warp", ("-DBP_LANES_PER_WARP=12",), 1, 12),
+            ("16 lanes/warp", ("-DBP_LANES_PER_WARP=16",), 1, 16),
             ("2 stages 4 lanes/warp", ("-DBP_BULK_STAGES=2", "-DBP_LANES_PER_WARP=4"), 2, 4),
             ("evict_first", ("-DBP_EVICT_FIRST",), 1, 32),
         ):
             functions = gpu.compile(*options)
-
-            def threads(lanes, per_warp=per_warp):
-                return lanes if per_warp == 32 else -(-lanes // per_warp) * 32
-
-            check_copies(gpu, functions, threads, stages, per_warp, ("bp_copy_bulk",), few=True)
+            wide = (lambda lanes: lanes) if per_warp == 32 else (lambda lanes, per_warp=per_warp: -(-lanes // per_warp) * 32)
+            check_copies(gpu, functions, wide, stages, per_warp, ("bp_copy_bulk",), few=True)
             for name, where in ways:
-                for block, lanes, chunk in ((4096, 48, 4096), (32768, 12, 16384), (32768, 24, 8192)):
-                    lanes = lanes // stages
-                    if per_warp < 32:
-                        lanes = lanes // per_warp * per_warp
-                    if lanes and threads(lanes) <= 512:
-                        times.copies(f"{label} {name} {block // 1024} KiB {lanes} x {chunk}", where, functions["bp_copy_bulk"], block, chunk, threads(lanes), lanes * stages * chunk, few)
+                bulk(label, functions, name, where, both, ((48, 4096), (24, 8192), (12, 16384)), stages, per_warp)
         functions = gpu.compile()
         for name, where in ways:
-            for block, lanes, chunk in ((4096, 32, 4096), (4096, 54, 4096), (32768, 24, 8192), (32768, 6, 32768), (32768, 13, 16384)):
-                times.copies(f"plain {name} {block // 1024} KiB {lanes} x {chunk}", where, functions["bp_copy_bulk"], block, chunk, lanes, lanes * chunk, few)
-    head("lanes and permute variants", few)
-    for label, options, threads in (
-        ("512 threads x 4", ("-DBP_IN_FLIGHT=4",), 512),
-        ("1024 threads x 4", ("-DBP_THREADS=1024", "-DBP_IN_FLIGHT=4"), 1024),
-        ("1024 threads x 8", ("-DBP_THREADS=1024",), 1024),
-        ("256 threads x 16", ("-DBP_THREADS=256", "-DBP_IN_FLIGHT=16"), 256),
-    ):
-        functions = gpu.compile(*options)
-        for name, where in ways:
-            times.copies(f"{label} lanes {name} 4 KiB", where, functions["bp_copy_lanes"], 4096, 4096, threads, 0, few)
-            time_permute(gpu, functions, times, f"{label} permute {name}", where, threads, few)
+            bulk("plain", functions, name, where, both, ((16, 4096), (24, 4096), (32, 4096), (54, 4096), (96, 2048), (6, 16384), (13, 16384), (24, 8192), (6, 32768)))
+    head("lanes: order, threads, loads in flight", few)
+    for order in (3, 1, 2):
+        for threads, flight in ((512, 8), (512, 4), (1024, 4), (1024, 8), (256, 16), (256, 8)):
+            if order == 2 and (threads, flight) != (512, 8):
+                continue
+            functions = gpu.compile(f"-DBP_LANES_ORDER={order}", f"-DBP_THREADS={threads}", f"-DBP_IN_FLIGHT={flight}")
+            label = f"order {order} {threads} x {flight}"
+            if (threads, flight) == (512, 8):
+                check_copies(gpu, functions, kernels=("bp_copy_lanes",), few=True)
+            for name, where in ways:
+                for block in (*both, MIB):
+                    times.copies(f"{label} lanes {name} {block // 1024} KiB", where, functions["bp_copy_lanes"], block, 4096, threads, 0, few)
+                if order == 3:
+                    time_permute(gpu, functions, times, f"{label} permute {name}", where, threads, few)
+    functions = gpu.compile("-DBP_LANES_ORDER=1")
+    for name, where in ways:
+        for chunk in (1024, 2048, 8192, 16384, 32768):
+            times.copies(f"order 1 lanes {name} 32 KiB chunks of {chunk}", where, functions["bp_copy_lanes"], 32768, chunk, 512, 0, few)
 
 
 def time_permute(gpu, functions, times, label, where, threads, grids, src_order=(0, 1, 2, 3), dst_order=(0, 1, 3, 2), run=256):

@@ -231,6 +231,7 @@ mod agent;
 mod backend;
 mod clock;
 mod config;
+mod cuda;
 mod error;
 #[cfg(fuzzing)]
 pub mod fuzzing;
@@ -249,6 +250,9 @@ pub use agent::{Agent, LaneInfo, Peer};
 pub use config::{
     AgentConfig, ArenaConfig, ConnectOptions, FaultConfig, HugePages, Lane, Pem, RemoteAccess,
     TlsConfig, TlsPeerName,
+};
+pub use cuda::{
+    ImageOrigin, KernelConfig, KernelError, KernelImage, NvrtcInfo, compile_kernels, find_nvrtc,
 };
 pub use error::{
     AgentError, AgentStopped, ConnectError, FetchError, LookupError, LossCause, MapError,

@@ -9,7 +9,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define BP_CONSECUTIVE 0xffffffffu // in place of an index into the id table
-#define BP_CALLED_OFF 0x80000000u  // set in the flag when a CTA touched nothing
+#define BP_CALLED_OFF 0x80000000u  // set in the flag when the launch touched nothing
 #define BP_AXES_MAX 6
 
 // A pair of block sets of one shape. Its chunks are numbered from `first_chunk`: chunk c of the set is
@@ -30,11 +30,11 @@ typedef struct {
 
 // How the end of a launch becomes known.
 typedef struct {
-    u32 *arrived;        // device counter of this slot: 0 before and after; at most 65,535 CTAs
-    u32 *flag;           // pinned host word: `ticket`, or with BP_CALLED_OFF, after all bytes
-    volatile u32 *word;  // pinned host words: [0] abort (the host stores 1), [1] started (the kernel stores ticket)
-    u32 ticket;          // below BP_CALLED_OFF
-    u32 guarded;         // 1: agree with the host on the start before a byte is touched
+    u32 *arrived;       // two device words of this slot: [0] CTAs at the end, 0 before and after; [1] the answer to CTA 0
+    u32 *flag;          // pinned host word: `ticket`, or with BP_CALLED_OFF, after all bytes
+    volatile u32 *word; // pinned host words: [0] abort (the host stores 1), [1] started (the kernel stores ticket)
+    u32 ticket;         // below BP_CALLED_OFF, and another one than at the slot's last launch
+    u32 guarded;        // 1: agree with the host on the start before a byte is touched
 } BpDone;
 
 typedef struct {

@@ -4,6 +4,13 @@
 #include "done.cuh"
 #include "access.cuh"
 
+#ifndef BP_LANES_ORDER
+#define BP_LANES_ORDER 3
+#endif
+#ifndef BP_BULK_ORDER
+#define BP_BULK_ORDER 0
+#endif
+
 // Where a chunk of the operation comes from and goes to. `set` is the caller's place in the set table.
 static __device__ __forceinline__ BpSpan bp_locate(const BpCopy &p, u32 &set, u32 chunk) {
     if (p.set_count == 1) return bp_chunk(&p.one, p.ids, p.chunk_bytes, chunk);
@@ -14,17 +21,24 @@ static __device__ __forceinline__ BpSpan bp_locate(const BpCopy &p, u32 &set, u3
 // The warp copies `bytes`, a multiple of sizeof(V), between addresses that V divides.
 template <typename V> static __device__ __forceinline__ void bp_warp_vectors(u64 src, u64 dst, u32 bytes, u32 lane) {
     const u32 step = 32 * sizeof(V);
-    u32 at = lane * sizeof(V);
-    while (at < bytes) {
-        V held[BP_IN_FLIGHT];
+    u64 from = src + lane * sizeof(V), to = dst + lane * sizeof(V);
+    V held[BP_IN_FLIGHT];
+#pragma unroll 1
+    for (; bytes >= BP_IN_FLIGHT * step; bytes -= BP_IN_FLIGHT * step) {
         BP_UNROLL
-        for (u32 k = 0; k < BP_IN_FLIGHT; k++)
-            if (at + k * step < bytes) held[k] = bp_load<V>(src + at + k * step);
+        for (u32 k = 0; k < BP_IN_FLIGHT; k++) held[k] = bp_load<V>(from + k * step);
         BP_UNROLL
-        for (u32 k = 0; k < BP_IN_FLIGHT; k++)
-            if (at + k * step < bytes) bp_store(dst + at + k * step, held[k]);
-        at += BP_IN_FLIGHT * step;
+        for (u32 k = 0; k < BP_IN_FLIGHT; k++) bp_store(to + k * step, held[k]);
+        from += BP_IN_FLIGHT * step;
+        to += BP_IN_FLIGHT * step;
     }
+    u32 mine = lane * sizeof(V);
+    BP_UNROLL
+    for (u32 k = 0; k < BP_IN_FLIGHT; k++)
+        if (mine + k * step < bytes) held[k] = bp_load<V>(from + k * step);
+    BP_UNROLL
+    for (u32 k = 0; k < BP_IN_FLIGHT; k++)
+        if (mine + k * step < bytes) bp_store(to + k * step, held[k]);
 }
 
 // The warp copies any bytes between addresses that are equal modulo sizeof(V): bytes up to the first
@@ -43,15 +57,14 @@ template <typename V> static __device__ __forceinline__ void bp_warp_copy(u64 sr
 extern "C" __global__ void __launch_bounds__(BP_THREADS) bp_copy_lanes(const __grid_constant__ BpCopy p) {
     bool go = bp_begin(p.done);
     if (go) {
-        u32 lane = threadIdx.x % 32, warps = gridDim.x * (blockDim.x / 32);
-        u32 warp = blockIdx.x + gridDim.x * (threadIdx.x / 32);
-        u32 set = 0;
-        // In 64 bits: a step of all warps may go beyond 2^32.
-        for (u64 base = (u64)p.chunk_begin + warp; base < p.chunk_end; base += 32ull * warps) {
-            u64 chunk = base + (u64)lane * warps;
+        u32 lane = threadIdx.x % 32, set = 0;
+        BpShare share = bp_share(BP_LANES_ORDER, p.chunk_begin, p.chunk_end, blockIdx.x, gridDim.x, threadIdx.x / 32, blockDim.x / 32);
+        for (u64 base = share.first; base < share.end; base += 32ull * share.step) {
+            u64 chunk = base + (u64)lane * share.step;
             BpSpan mine = {0, 0, 0};
-            if (chunk < p.chunk_end) mine = bp_locate(p, set, (u32)chunk);
-            for (u32 k = 0; k < 32 && base + (u64)k * warps < p.chunk_end; k++) {
+            if (chunk < share.end) mine = bp_locate(p, set, (u32)chunk);
+#pragma unroll 1
+            for (u32 k = 0; k < 32 && base + (u64)k * share.step < share.end; k++) {
                 u64 src = __shfl_sync(0xffffffff, mine.src, k), dst = __shfl_sync(0xffffffff, mine.dst, k);
                 u32 bytes = __shfl_sync(0xffffffff, mine.bytes, k);
                 u32 apart = (u32)(src - dst);
@@ -67,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(BP_THREADS) bp_copy_lanes(const __g
 
 #if __CUDA_ARCH__ >= 900
 
-#define BP_BULK_LANES_MAX 256
+#define BP_BULK_LANES_MAX 128
 #ifndef BP_BULK_STAGES
 #define BP_BULK_STAGES 1 // stages a lane
 #endif
@@ -128,8 +141,9 @@ extern "C" __global__ void __launch_bounds__(512) bp_copy_bulk(const __grid_cons
     const bool copies = true;
 #endif
     // In 64 bits: a step of all lanes may go beyond 2^32.
-    u64 chunk = (u64)p.chunk_begin + (u64)blockIdx.x * lanes + me, step = (u64)gridDim.x * lanes;
-    if (go && copies && chunk < p.chunk_end) {
+    BpShare share = bp_share(BP_BULK_ORDER, p.chunk_begin, p.chunk_end, blockIdx.x, gridDim.x, me, lanes);
+    u64 chunk = share.first;
+    if (go && copies && chunk < share.end) {
         u32 stage = (u32)__cvta_generic_to_shared(stages) + me * BP_BULK_STAGES * p.chunk_bytes;
         u32 barrier = (u32)__cvta_generic_to_shared(barriers + me * BP_BULK_STAGES);
         BP_UNROLL
@@ -141,12 +155,12 @@ extern "C" __global__ void __launch_bounds__(512) bp_copy_bulk(const __grid_cons
 #if BP_BULK_STAGES == 1
         for (;;) {
             bp_bulk_load(stage, barrier, span);
-            chunk += step;
+            chunk += share.step;
             BpSpan next = span;
-            if (chunk < p.chunk_end) next = bp_locate(p, set, (u32)chunk);
+            if (chunk < share.end) next = bp_locate(p, set, (u32)chunk);
             bp_bulk_wait(barrier, parity);
             bp_bulk_store(stage, span);
-            if (chunk >= p.chunk_end) break;
+            if (chunk >= share.end) break;
             parity ^= 1;
             span = next;
             // The stage has been read.
@@ -156,10 +170,10 @@ extern "C" __global__ void __launch_bounds__(512) bp_copy_bulk(const __grid_cons
         u32 now = 0;
         bp_bulk_load(stage, barrier, span);
         for (;;) {
-            chunk += step;
+            chunk += share.step;
             BpSpan next = span;
             u32 then = now + 1 == BP_BULK_STAGES ? 0 : now + 1;
-            if (chunk < p.chunk_end) {
+            if (chunk < share.end) {
                 next = bp_locate(p, set, (u32)chunk);
                 // The stage that is loaded next has been read.
                 asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(BP_BULK_STAGES - 2) : "memory");
@@ -167,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(512) bp_copy_bulk(const __grid_cons
             }
             bp_bulk_wait(barrier + 8 * now, parity);
             bp_bulk_store(stage + now * p.chunk_bytes, span);
-            if (chunk >= p.chunk_end) break;
+            if (chunk >= share.end) break;
             if (then == 0) parity ^= 1;
             now = then;
             span = next;

@@ -3,21 +3,32 @@
 #ifndef BP_DONE
 #define BP_DONE
 
-// Whether this CTA may touch memory. Guarded launches and the host each store one word and then read the
-// other's, with a full fence between (Dekker): when the host has stored `abort` and then reads `started`
-// as 0, no CTA of this launch touches a byte. All threads of the CTA call this.
+// Whether this launch may touch memory. In a guarded launch CTA 0 and the host each store one word and
+// then read the other's, with a full fence between (Dekker): when the host has stored `abort` and then
+// reads that the launch has not `started`, no CTA of it touches a byte. The other CTAs take the answer of
+// CTA 0, tagged with the ticket, from device memory: only one CTA reads over the bus. They may wait for
+// it because the CTAs of a launch fit on the device together. All threads of the CTA call this.
 static __device__ __forceinline__ bool bp_begin(const BpDone &done) {
     if (!done.guarded) return true;
-    __shared__ u32 abort;
+    __shared__ u32 shared;
     if (threadIdx.x == 0) {
-        u32 seen;
-        asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(done.word + 1), "r"(done.ticket) : "memory");
-        asm volatile("fence.sc.sys;" ::: "memory");
-        asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(done.word) : "memory");
-        abort = seen;
+        u32 answer;
+        if (blockIdx.x == 0) {
+            u32 abort;
+            asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(done.word + 1), "r"(done.ticket) : "memory");
+            asm volatile("fence.sc.sys;" ::: "memory");
+            asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(abort) : "l"(done.word) : "memory");
+            answer = done.ticket * 2 + (abort == 0);
+            asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(done.arrived + 1), "r"(answer) : "memory");
+        } else {
+            do {
+                asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(answer) : "l"(done.arrived + 1) : "memory");
+            } while (answer / 2 != done.ticket);
+        }
+        shared = answer & 1;
     }
     __syncthreads();
-    return abort == 0;
+    return shared != 0;
 }
 
 // The end of the CTA's part; the last CTA of the launch publishes. All threads of the CTA call this, each
@@ -27,13 +38,12 @@ static __device__ __forceinline__ bool bp_begin(const BpDone &done) {
 static __device__ __forceinline__ void bp_end(const BpDone &done, bool went) {
     __syncthreads();
     if (threadIdx.x != 0) return;
-    // The low half counts CTAs, the high half those that touched nothing.
-    u32 mine = went ? 1 : 0x10001, before;
+    u32 before;
     asm volatile("fence.acq_rel.sys;" ::: "memory");
-    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(done.arrived), "r"(mine) : "memory");
-    if ((before & 0xffff) + 1 != gridDim.x) return;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(done.arrived) : "memory");
+    if (before + 1 != gridDim.x) return;
     asm volatile("fence.acq_rel.sys;" ::: "memory");
-    u32 value = done.ticket | ((before + mine) >> 16 ? BP_CALLED_OFF : 0);
+    u32 value = done.ticket | (went ? 0 : BP_CALLED_OFF);
     asm volatile("st.relaxed.gpu.global.u32 [%0], 0;" ::"l"(done.arrived) : "memory");
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(done.flag), "r"(value) : "memory");
 }

@@ -17,23 +17,26 @@ template <typename V> static __device__ __forceinline__ void bp_permute_vectors(
     BpPlace at = bp_unit(&p, unit + lane);
     while (unit < end) {
         u32 count = end - unit < 32 ? (u32)(end - unit) : 32;
+#pragma unroll 1
         for (u32 pass = 0; pass < p.run_bytes; pass += width * sizeof(V)) {
             u32 offset = pass + lane % width * sizeof(V);
             // Lanes without a vector take part in the exchange of addresses all the same.
             bool idle = group >= groups || offset >= p.run_bytes;
+#pragma unroll 1
             for (u32 low = 0; low < count; low += BP_IN_FLIGHT * groups) {
                 V held[BP_IN_FLIGHT];
-                u64 to[BP_IN_FLIGHT];
                 BP_UNROLL
                 for (u32 k = 0; k < BP_IN_FLIGHT; k++) {
                     u32 run = low + k * groups + group;
                     u64 src = __shfl_sync(0xffffffff, at.src, run);
-                    to[k] = __shfl_sync(0xffffffff, at.dst, run);
                     if (!idle && run < count) held[k] = bp_load<V>(src + offset);
                 }
                 BP_UNROLL
-                for (u32 k = 0; k < BP_IN_FLIGHT; k++)
-                    if (!idle && low + k * groups + group < count) bp_store(to[k] + offset, held[k]);
+                for (u32 k = 0; k < BP_IN_FLIGHT; k++) {
+                    u32 run = low + k * groups + group;
+                    u64 dst = __shfl_sync(0xffffffff, at.dst, run);
+                    if (!idle && run < count) bp_store(dst + offset, held[k]);
+                }
             }
         }
         unit += 32;

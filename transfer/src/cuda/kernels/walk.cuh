@@ -3,6 +3,8 @@
 #ifndef BP_WALK
 #define BP_WALK
 
+#include "abi.cuh"
+
 #ifdef __CUDACC__
 #define BP_FN static __device__ __forceinline__
 #define BP_UNROLL _Pragma("unroll")
@@ -57,6 +59,38 @@ BP_FN BpSpan bp_chunk(const BpSet *set, const u32 *ids, u32 chunk_bytes, u32 chu
     span.dst = set->dst + bp_id(ids, set->dst_ids, set->dst_first, block) * set->dst_block + layer * set->dst_layer + offset;
     span.bytes = left < chunk_bytes ? (u32)left : chunk_bytes;
     return span;
+}
+
+// The part of a launch's chunks that falls to one of `workers`: first, first + step, ... below end.
+typedef struct {
+    u64 first, end;
+    u32 step;
+} BpShare;
+
+BP_FN BpShare bp_share(u32 order, u32 begin, u32 end, u32 cta, u32 ctas, u32 worker, u32 workers) {
+    BpShare share;
+    u64 total = end - begin;
+    if (order == 0) {
+        share.first = (u64)begin + (u64)cta * workers + worker;
+        share.end = end;
+        share.step = ctas * workers;
+    } else if (order == 1) {
+        u64 each = (total + (u64)ctas * workers - 1) / ((u64)ctas * workers);
+        share.first = begin + ((u64)cta * workers + worker) * each;
+        share.end = share.first + each;
+        share.step = 1;
+    } else if (order == 2) {
+        u64 each = (total + ctas - 1) / ctas;
+        share.first = begin + cta * each + worker;
+        share.end = begin + (cta + 1) * each;
+        share.step = workers;
+    } else {
+        share.first = (u64)begin + cta + (u64)ctas * worker;
+        share.end = end;
+        share.step = ctas * workers;
+    }
+    if (share.end > end) share.end = end;
+    return share;
 }
 
 // A place in a permuting copy: the addresses of a unit and its index tuple.
