@@ -87,9 +87,20 @@ pub(crate) unsafe fn copy_row(from: *const u8, to: *mut u8, row: Row, stores: St
     // SAFETY: as above.
     let mut to = unsafe { to.add(size(row.to)) };
     let (from_step, to_step) = (size(row.from_step), size(row.to_step));
-    for _ in 0..row.count {
+    let (count, bytes) = (size(row.count), size(row.bytes));
+    let extent = |step: usize| (count - 1) * step + bytes;
+    let apart =
+        from.addr() + extent(from_step) <= to.addr() || to.addr() + extent(to_step) <= from.addr();
+    let whole_lines = (to.addr() | to_step | bytes).is_multiple_of(64);
+    if stores == Stores::Streaming && apart && whole_lines && count > 1 {
+        // SAFETY: by the contract of this function; the runs do not overlap, are whole lines, and
+        // `for_transfer` chose streaming on a processor that has it.
+        unsafe { streaming::rows(from, to, bytes / 64, count, from_step, to_step) };
+        return;
+    }
+    for _ in 0..count {
         // SAFETY: a run of the row, by the contract of this function.
-        unsafe { copy_piece(from, to, size(row.bytes), stores) };
+        unsafe { copy_piece(from, to, bytes, stores) };
         from = from.wrapping_add(from_step);
         to = to.wrapping_add(to_step);
     }
@@ -111,8 +122,16 @@ mod streaming {
     };
     use std::sync::LazyLock;
 
-    /// Streams whole cache lines: `lines` of 64 bytes, the target aligned to 64.
-    type Lines = unsafe fn(from: *const u8, to: *mut u8, lines: usize);
+    /// Streams whole cache lines: `count` times `lines` of 64 bytes at these distances, the targets
+    /// aligned to 64.
+    type Lines = unsafe fn(
+        from: *const u8,
+        to: *mut u8,
+        lines: usize,
+        count: usize,
+        from_step: usize,
+        to_step: usize,
+    );
 
     static LINES: LazyLock<Lines> = LazyLock::new(|| {
         if is_x86_feature_detected!("avx512f") {
@@ -146,7 +165,7 @@ mod streaming {
         let to = unsafe { to.add(head) };
         // SAFETY: `lines` whole lines lie within both ranges, `to` is aligned to 64 (or there are
         // no lines), and the function was chosen for this processor.
-        unsafe { LINES(from, to, lines) };
+        unsafe { LINES(from, to, lines, 1, 0, 0) };
         let done = lines * 64;
         // SAFETY: `head + done <= bytes`.
         let from = unsafe { from.add(done) };
@@ -156,32 +175,59 @@ mod streaming {
         unsafe { std::ptr::copy_nonoverlapping(from, to, bytes - head - done) };
     }
 
+    /// Streams runs of whole cache lines.
+    ///
+    /// # Safety
+    /// As for `copy_bytes` with each run; no run overlaps another, and every target is aligned to 64.
+    pub(super) unsafe fn rows(
+        from: *const u8,
+        to: *mut u8,
+        lines: usize,
+        count: usize,
+        from_step: usize,
+        to_step: usize,
+    ) {
+        // SAFETY: by the contract of this function, chosen for this processor.
+        unsafe { LINES(from, to, lines, count, from_step, to_step) };
+    }
+
     macro_rules! lines {
         ($name:ident, $feature:literal, $vector:ty, $load:ident, $store:ident) => {
             #[target_feature(enable = $feature)]
-            unsafe fn $name(from: *const u8, to: *mut u8, lines: usize) {
+            unsafe fn $name(
+                from: *const u8,
+                to: *mut u8,
+                lines: usize,
+                count: usize,
+                from_step: usize,
+                to_step: usize,
+            ) {
                 const PER_LINE: usize = 64 / size_of::<$vector>();
-                let (mut from, mut to) = (from.cast::<$vector>(), to.cast::<$vector>());
-                for _ in 0..lines {
-                    let mut line = [const { std::mem::MaybeUninit::<$vector>::uninit() }; PER_LINE];
-                    for (index, part) in line.iter_mut().enumerate() {
-                        // SAFETY: within the line that the caller vouches for.
-                        let from = unsafe { from.add(index) };
-                        // SAFETY: readable, and the load is an unaligned one.
-                        part.write(unsafe { $load(from.cast()) });
+                for run in 0..count {
+                    let mut from = from.wrapping_add(run * from_step).cast::<$vector>();
+                    let mut to = to.wrapping_add(run * to_step).cast::<$vector>();
+                    for _ in 0..lines {
+                        let mut line =
+                            [const { std::mem::MaybeUninit::<$vector>::uninit() }; PER_LINE];
+                        for (index, part) in line.iter_mut().enumerate() {
+                            // SAFETY: within the line that the caller vouches for.
+                            let from = unsafe { from.add(index) };
+                            // SAFETY: readable, and the load is an unaligned one.
+                            part.write(unsafe { $load(from.cast()) });
+                        }
+                        for (index, part) in line.iter().enumerate() {
+                            // SAFETY: within the line that the caller vouches for.
+                            let to = unsafe { to.add(index) };
+                            // SAFETY: written by the loop above.
+                            let part = unsafe { part.assume_init() };
+                            // SAFETY: writable and aligned to 64.
+                            unsafe { $store(to.cast(), part) };
+                        }
+                        // SAFETY: at most one past the end of the source.
+                        from = unsafe { from.add(PER_LINE) };
+                        // SAFETY: at most one past the end of the target.
+                        to = unsafe { to.add(PER_LINE) };
                     }
-                    for (index, part) in line.iter().enumerate() {
-                        // SAFETY: within the line that the caller vouches for.
-                        let to = unsafe { to.add(index) };
-                        // SAFETY: written by the loop above.
-                        let part = unsafe { part.assume_init() };
-                        // SAFETY: writable and aligned to 64.
-                        unsafe { $store(to.cast(), part) };
-                    }
-                    // SAFETY: at most one past the end of the source.
-                    from = unsafe { from.add(PER_LINE) };
-                    // SAFETY: at most one past the end of the target.
-                    to = unsafe { to.add(PER_LINE) };
                 }
             }
         };
@@ -228,10 +274,22 @@ mod streaming {
                 let at = to.as_ptr().align_offset(64);
                 let (source, target) = (from[3..].as_ptr(), to[at..].as_mut_ptr());
                 // SAFETY: 8 lines from an odd place in `from` to an aligned place in `to`.
-                unsafe { lines(source, target, 8) };
+                unsafe { lines(source, target, 8, 1, 0, 0) };
                 fence();
                 assert_eq!(&to[at..at + 512], &from[3..515], "{name}");
                 assert!(to[at + 512..].iter().all(|byte| *byte == 0), "{name}");
+                to.fill(0);
+                let target = to[at..].as_mut_ptr();
+                // SAFETY: two lines at three places of each, 100 and 192 bytes apart.
+                unsafe { lines(source, target, 2, 3, 100, 192) };
+                fence();
+                for (place, bytes) in to[at..at + 512].chunks(64).enumerate() {
+                    let run = &from[3 + place / 3 * 100..];
+                    match place % 3 {
+                        2 => assert!(bytes.iter().all(|byte| *byte == 0), "{name}"),
+                        line => assert_eq!(bytes, &run[line * 64..][..64], "{name}"),
+                    }
+                }
             }
         }
     }
@@ -250,6 +308,26 @@ mod streaming {
     pub(super) unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
         // SAFETY: by the contract of this function.
         unsafe { super::copy_bytes(from, to, bytes) }
+    }
+
+    /// # Safety
+    /// As for `copy_bytes` with each run.
+    pub(super) unsafe fn rows(
+        from: *const u8,
+        to: *mut u8,
+        lines: usize,
+        count: usize,
+        from_step: usize,
+        to_step: usize,
+    ) {
+        for run in 0..count {
+            let (from, to) = (
+                from.wrapping_add(run * from_step),
+                to.wrapping_add(run * to_step),
+            );
+            // SAFETY: by the contract of this function.
+            unsafe { super::copy_bytes(from, to, lines * 64) }
+        }
     }
 }
 
@@ -276,6 +354,41 @@ mod tests {
                 assert_eq!(to[to_at..to_at + bytes], from[from_at..from_at + bytes]);
                 assert!(to[..to_at].iter().all(|b| *b == 0xee));
                 assert!(to[to_at + bytes..].iter().all(|b| *b == 0xee));
+            }
+        }
+    }
+
+    #[test]
+    fn rows_of_any_shape_arrive_whole() {
+        let from: Vec<u8> = (0..=250).cycle().take(20_000).collect();
+        for (bytes, count) in [(1, 9), (64, 5), (96, 3), (256, 8), (256, 1), (4096, 2)] {
+            for (from_step, to_step) in [(1, 0), (0, 1), (64, 128), (3, 7)] {
+                let mut to = vec![0xee; 20_000];
+                let align = to.as_ptr().align_offset(64);
+                for at in [align, align + 1] {
+                    to.fill(0xee);
+                    let row = Row {
+                        from: 11,
+                        to: at as u64,
+                        count: count as u64,
+                        from_step: bytes as u64 + from_step,
+                        to_step: bytes as u64 + to_step,
+                        bytes: bytes as u64,
+                    };
+                    let mut expected = to.clone();
+                    for run in 0..count {
+                        let x = 11 + run * (bytes + usize::try_from(from_step).unwrap());
+                        let y = at + run * (bytes + usize::try_from(to_step).unwrap());
+                        expected[y..y + bytes].copy_from_slice(&from[x..x + bytes]);
+                    }
+                    for stores in [Stores::Cached, Stores::Streaming] {
+                        to.fill(0xee);
+                        // SAFETY: the row lies in both vectors, which are apart.
+                        unsafe { copy_row(from.as_ptr(), to.as_mut_ptr(), row, stores) };
+                        publish(stores);
+                        assert_eq!(to, expected, "{row:?} {stores:?}");
+                    }
+                }
             }
         }
     }
