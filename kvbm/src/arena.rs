@@ -4,7 +4,8 @@ use std::{fmt, ptr::NonNull, sync::Arc};
 
 use blockplane_protocol::{BlockId, KvLayout, LayerIndex, LayoutError};
 use blockplane_transfer::{
-    Agent, ArenaConfig, BlockLayout, HugePages, RegisterError, Registration, RemoteAccess,
+    Agent, ArenaConfig, Axis, BlockLayout, HugePages, KvBlockLayout, RegisterError, Registration,
+    RemoteAccess,
 };
 use thiserror::Error;
 
@@ -107,6 +108,29 @@ impl KvArena {
             layers: self.layout.layers,
             layer_stride: self.layout.layer_stride(self.blocks) as u64,
             run_bytes: self.layout.layer_bytes() as u64,
+        }
+    }
+
+    /// The layout down to the heads, for transfers that rearrange blocks or move a part of them
+    /// ([`Agent::prepare_tensors`]): to another order of tokens and heads, or to and from ranks
+    /// that hold other heads.
+    #[must_use]
+    pub fn tensor_layout(&self) -> KvBlockLayout {
+        let layout = &self.layout;
+        let axis = |count, stride: usize| Axis {
+            count,
+            stride: stride as u64,
+        };
+        // `[plane][head][token][dim]` in each layer of each block.
+        let head = layout.head_dim as usize * layout.dtype.bytes();
+        KvBlockLayout {
+            offset: 0,
+            blocks: axis(self.blocks, layout.block_stride()),
+            layers: axis(layout.layers, layout.layer_stride(self.blocks)),
+            planes: axis(layout.planes, layout.plane_bytes()),
+            tokens: axis(layout.block_tokens, head),
+            heads: axis(layout.kv_heads, head * layout.block_tokens as usize),
+            head_bytes: head as u64,
         }
     }
 

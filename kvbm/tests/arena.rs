@@ -39,6 +39,22 @@ fn pointers_and_strides_name_the_same_bytes_and_tile_the_region() {
                 starts.push(offset);
             }
         }
+        // `[plane][head][token]` in each run, two planes of two heads.
+        let tensor = arena.tensor_layout();
+        tensor.validate(region.len() as u64).unwrap();
+        let head = usize::try_from(tensor.head_bytes).unwrap();
+        for (block, layer) in (0..blocks).flat_map(|block| (0..layers).map(move |layer| (block, layer))) {
+            let run = strides.run_offset(block, layer).unwrap();
+            let heads = (0..2).flat_map(|plane| (0..2).map(move |head| (plane, head)));
+            let tokens = heads.flat_map(|(plane, head)| {
+                (0..block_tokens).map(move |token| tensor.head_offset(block, layer, plane, token, head))
+            });
+            prop_assert!(tokens.eq((run..).step_by(head).take(4 * block_tokens as usize).map(Some)));
+        }
+        let same = tensor.block_layout().unwrap();
+        prop_assert_eq!(u64::from(same.layers) * same.run_bytes, layout.block_bytes() as u64);
+        prop_assert_eq!(same.run_offset(blocks - 1, 0), strides.run_offset(blocks - 1, 0));
+
         starts.sort_unstable();
         let tiles = (0..).step_by(layout.layer_bytes()).take(starts.len());
         prop_assert!(starts.into_iter().eq(tiles));

@@ -2,9 +2,9 @@
 //! or over a network.
 //!
 //! Depend on this crate to place bytes into a peer's memory and to know when they are there. It
-//! knows bytes, strides and peers. It does not know tokens, layers of a model or who should talk to
-//! whom: `kvbm` turns KV layouts into [`BlockLayout`]s, and metadata travels by whatever means the
-//! caller has.
+//! knows bytes, strides and peers. It does not know what a model's blocks mean or who should talk to
+//! whom: `kvbm` turns KV layouts into [`BlockLayout`]s and [`KvBlockLayout`]s, and metadata travels by
+//! whatever means the caller has.
 //!
 //! # The path of a transfer
 //!
@@ -115,6 +115,70 @@
 //! is copied by the kernel); [`Lane::Tcp`] reaches the rest. [`Agent::map`] does without the copy. On the shm lane
 //! everybody with access to the socket (the same user) is trusted to stay within the windows it was
 //! given: a mapping cannot be revoked block by block. Over tcp the owner of the memory checks.
+//!
+//! # Rearranging on the way
+//!
+//! Two workers rarely have the same KV cache. [`Agent::prepare_tensors`] moves blocks between caches
+//! that are arranged differently (layers or blocks first, tokens or heads first, keys and values
+//! apart or together) or that hold different heads, in one pass and on every lane. A
+//! [`KvBlockLayout`] says where each head of each token lies, a [`KvSlice`] which part of each block
+//! is meant.
+//!
+//! Here two prefill ranks with half of the heads each, tokens first, fill the blocks of one decode
+//! worker, heads first:
+//!
+//! ```
+//! use std::time::Duration;
+//!
+//! use blockplane_transfer::{
+//!     Agent, AgentConfig, ArenaConfig, KvBlockLayout, KvOrder, KvShape, KvSlice, LocalTensor, Op,
+//!     PostOptions, RemoteTensor,
+//! };
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let timeout = Duration::from_secs(5);
+//! let half = KvShape { blocks: 8, layers: 2, planes: 2, tokens: 16, heads: 4, head_bytes: 256 };
+//! let whole = KvShape { heads: 8, ..half };
+//! let narrow = KvBlockLayout::dense(half, KvOrder::LAYER_FIRST_NHD)?;
+//! let wide = KvBlockLayout::dense(whole, KvOrder::BLOCK_FIRST_HND)?;
+//!
+//! let decode = Agent::new(AgentConfig::new("decode"))?;
+//! let bytes = usize::try_from(wide.end().ok_or("too large")?)?;
+//! let target = decode.allocate(ArenaConfig::new(bytes, "target"))?;
+//! for (name, heads) in [("rank 0", 0..4), ("rank 1", 4..8)] {
+//!     let rank = Agent::new(AgentConfig::new(name))?;
+//!     let bytes = usize::try_from(narrow.end().ok_or("too large")?)?;
+//!     let source = rank.allocate(ArenaConfig::new(bytes, "source"))?;
+//!     let last = narrow.head_offset(5, 1, 0, 15, 3).ok_or("no such head")?;
+//!     source.write_at(last, name.as_bytes())?;
+//!
+//!     let peer = rank.connect(&decode.metadata(), timeout)?;
+//!     let local = LocalTensor {
+//!         registration: &source,
+//!         layout: narrow,
+//!         ids: [2, 5].into(),
+//!         slice: KvSlice::ALL,
+//!     };
+//!     let remote = RemoteTensor {
+//!         peer: &peer,
+//!         region: target.id(),
+//!         layout: wide,
+//!         ids: [7, 0].into(),
+//!         slice: KvSlice::ALL.heads(heads),
+//!         window: None,
+//!     };
+//!     let prepared = rank.prepare_tensors(Op::Write, local, remote)?;
+//!     prepared.post(PostOptions::within(timeout))?.wait(timeout)?;
+//! }
+//! // The last head of each rank, in layer 1, for the last token of block 5, which is block 0 here.
+//! for (head, name) in [(3, b"rank 0"), (7, b"rank 1")] {
+//!     let mut found = [0; 6];
+//!     target.read_at(wide.head_offset(0, 1, 0, 15, head).ok_or("no such head")?, &mut found)?;
+//!     assert_eq!(&found, name);
+//! }
+//! # Ok(())
+//! # }
+//! ```
 //!
 //! # Files
 //!

@@ -200,49 +200,7 @@ impl Agent {
     /// sides name all tokens of their blocks, `n` blocks of the finer side in a row pair with one
     /// of the coarser side, the last one of which may stay partly filled.
     ///
-    /// ```
-    /// # use std::time::Duration;
-    /// use blockplane_transfer::{KvBlockLayout, KvOrder, KvShape, KvSlice, LocalTensor, RemoteTensor};
-    /// # use blockplane_transfer::{Agent, AgentConfig, ArenaConfig, Op, PostOptions};
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # let timeout = Duration::from_secs(5);
-    /// # let prefill = Agent::new(AgentConfig::new("prefill"))?;
-    /// # let decode = Agent::new(AgentConfig::new("decode"))?;
-    ///
-    /// // One of two prefill ranks has 4 of 8 heads, layers first; the decode worker has all of
-    /// // them, blocks first.
-    /// let half = KvShape { blocks: 8, layers: 2, planes: 2, tokens: 16, heads: 4, head_bytes: 256 };
-    /// let here = KvBlockLayout::dense(half, KvOrder::LAYER_FIRST_NHD)?;
-    /// let there = KvBlockLayout::dense(KvShape { heads: 8, ..half }, KvOrder::BLOCK_FIRST_HND)?;
-    /// # let bytes = |layout: KvBlockLayout| layout.end().and_then(|end| usize::try_from(end).ok()).unwrap_or(0);
-    /// # let source = prefill.allocate(ArenaConfig::new(bytes(here), "source"))?;
-    /// # let target = decode.allocate(ArenaConfig::new(bytes(there), "target"))?;
-    /// # let peer = prefill.connect(&decode.metadata(), timeout)?;
-    /// # source.write_at(here.head_offset(2, 1, 0, 15, 3).unwrap_or(0), b"the last of its heads")?;
-    ///
-    /// // Blocks 2 and 5 of this rank become heads 4 to 7 of blocks 7 and 0.
-    /// let local = LocalTensor {
-    ///     registration: &source,
-    ///     layout: here,
-    ///     ids: [2, 5].into(),
-    ///     slice: KvSlice::ALL,
-    /// };
-    /// let remote = RemoteTensor {
-    ///     peer: &peer,
-    ///     region: target.id(),
-    ///     layout: there,
-    ///     ids: [7, 0].into(),
-    ///     slice: KvSlice::ALL.heads(4..8),
-    ///     window: None,
-    /// };
-    /// let prepared = prefill.prepare_tensors(Op::Write, local, remote)?;
-    /// prepared.post(PostOptions::within(timeout))?.wait(timeout)?;
-    /// # let mut read = [0; 21];
-    /// # target.read_at(there.head_offset(7, 1, 0, 15, 7).unwrap_or(0), &mut read)?;
-    /// # assert_eq!(&read, b"the last of its heads");
-    /// # Ok(())
-    /// # }
-    /// ```
+    /// The crate documentation has an example.
     ///
     /// # Errors
     /// Says which side, which axis, and what does not fit.

@@ -22,17 +22,17 @@ fn config(name: &str, lane: Lane) -> AgentConfig {
     config
 }
 
-/// The other process: an agent with one open arena that runs until its standard input closes.
-struct Other {
+/// The other process: an agent with one open arena of 16 MiB that runs until its standard input closes.
+pub(crate) struct Other {
     child: Child,
     stdin: ChildStdin,
     lines: BufReader<std::process::ChildStdout>,
-    metadata: Metadata,
-    region: RegionId,
+    pub(crate) metadata: Metadata,
+    pub(crate) region: RegionId,
 }
 
 impl Other {
-    fn start(lane: Lane) -> Self {
+    pub(crate) fn start(lane: Lane) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command
             .args([

@@ -3,11 +3,13 @@
 use std::ops::Range;
 
 use blockplane_transfer::{
-    Agent, BlockIds, KvAxis, KvBlockLayout, KvOrder, KvShape, KvSlice, Lane, LayoutError,
-    LocalTensor, Op, Peer, PostOptions, PrepareError, Prepared, Registration, RemoteAccess,
-    RemoteTensor, Side, WindowAccess, WindowId, WindowScope,
+    Agent, AgentConfig, BlockIds, BlockLayout, KvAxis, KvBlockLayout, KvOrder, KvShape, KvSlice,
+    Lane, LayoutError, LocalBlocks, LocalTensor, Op, Peer, PostOptions, PrepareError, Prepared,
+    Registration, RemoteAccess, RemoteBlocks, RemoteTensor, Side, WindowAccess, WindowId,
+    WindowScope,
 };
 
+use crate::process::Other;
 use crate::support::{Pair, Setup, WAIT, arena, arena_with, bytes, fill, scattered};
 
 const SHAPE: KvShape = KvShape {
@@ -534,4 +536,74 @@ pub(crate) fn ordinary_memory_is_rearranged(setup: &Setup) {
             "{reason}"
         );
     }
+}
+
+/// The other process has nothing to do: its bytes are looked at by reading them back as they are.
+fn between_processes(lane: Lane) {
+    let other = Other::start(lane);
+    let agent = Agent::new(AgentConfig::new("me").with_lanes([lane])).unwrap();
+    let peer = agent.connect(&other.metadata, WAIT).unwrap();
+    let shape = KvShape {
+        blocks: 40,
+        layers: 6,
+        planes: 2,
+        tokens: 16,
+        heads: 4,
+        head_bytes: 256,
+    };
+    let wide = KvShape { heads: 8, ..shape };
+    let l = Part::whole(shape, KvOrder::LAYER_FIRST_NHD, scattered(40, 33, 1));
+    let r = Part::whole(wide, KvOrder::BLOCK_FIRST_HND, scattered(40, 33, 2))
+        .slice(KvSlice::ALL.heads(4..8));
+    let (source, copy) = (arena(&agent, l.end()), arena(&agent, r.end()));
+    let whole = || {
+        let all = BlockLayout::contiguous(1, r.end());
+        let local = LocalBlocks {
+            registration: &copy,
+            layout: all,
+            ids: [0].into(),
+            layers: 0..1,
+        };
+        let remote = RemoteBlocks {
+            peer: &peer,
+            region: other.region,
+            layout: all,
+            ids: [0].into(),
+            layers: 0..1,
+            window: None,
+        };
+        run(&agent.prepare(Op::Read, local, remote).unwrap());
+        bytes(&copy)
+    };
+    let remote = || RemoteTensor {
+        peer: &peer,
+        region: other.region,
+        layout: r.layout,
+        ids: r.ids.clone(),
+        slice: r.slice.clone(),
+        window: None,
+    };
+    fill(&source, 5);
+    let sent = bytes(&source);
+    let mut expected = whole();
+    let write = agent.prepare_tensors(Op::Write, l.local(&source), remote());
+    run(&write.unwrap());
+    oracle(&sent, &l, &mut expected, &r);
+    assert!(whole() == expected);
+    fill(&source, 6);
+    let mut expected = bytes(&source);
+    let read = agent.prepare_tensors(Op::Read, l.local(&source), remote());
+    run(&read.unwrap());
+    oracle(&sent, &l, &mut expected, &l);
+    assert!(bytes(&source) == expected);
+}
+
+#[test]
+fn between_processes_over_shm() {
+    between_processes(Lane::Shm);
+}
+
+#[test]
+fn between_processes_over_tcp() {
+    between_processes(Lane::Tcp);
 }
