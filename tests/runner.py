@@ -11,10 +11,10 @@ have to be built first on a bare machine, and the groups that take long wait for
 running several tests at a time inside one executable does as well.
 
 While cargo compiles, pip downloads: the Python environment goes to .cache/venv, the checkpoints that
-are not committed are made in .cache/fixtures. Both are kept and only made again when what they are
-made from has changed.
+are not committed are made in .cache/fixtures, the compiler of the CUDA kernels goes to .cache/nvrtc.
+All are kept and only made again when what they are made from has changed.
 
-BLOCKPLANE_FIXTURES is set for all tests; BLOCKPLANE_BIN and BLOCKPLANE_URL (a running deployment) for
+BLOCKPLANE_FIXTURES is set for all tests; BLOCKPLANE_NVRTC_DIR for the kernels' own; BLOCKPLANE_BIN and BLOCKPLANE_URL (a running deployment) for
 the Python ones.
 """
 
@@ -41,6 +41,11 @@ FIXTURES = CACHE / "fixtures"
 ASAN_PLATFORM = "x86_64-unknown-linux-gnu"
 ASAN_TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "asan"
 LOOM_TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "loom"
+# Compiles the CUDA kernels without a GPU: an environment of its own, because it is large and only
+# these tests need it.
+NVRTC = CACHE / "nvrtc"
+NVRTC_PACKAGE = "nvidia-cuda-nvrtc>=13,<14"
+NVRTC_TESTS = "transfer kernels"
 MAKE_FIXTURES = ROOT / "tests/fixtures/make_fixtures.py"
 REQUIREMENTS = ROOT / "tests/requirements.txt"
 
@@ -148,8 +153,10 @@ def main():
 def run_groups(groups, tally):
     install_tools()
     python = Background("python environment and fixtures", prepare_python)
+    nvrtc = Background("compiler of the kernels", prepare_nvrtc) if "unit" in groups else None
     executables = timed("build", build)
     python_ready = python.wait()
+    nvrtc_ready = nvrtc is not None and nvrtc.wait()
     if executables is None:
         tally.fail("build")
         return
@@ -173,6 +180,10 @@ def run_groups(groups, tally):
             tally.add(skipped=1)
             continue
         for name, folder, path in executables[group]:
+            if name == NVRTC_TESTS and not nvrtc_ready:
+                print(f"SKIPPED {group}: {name}: no NVRTC: {nvrtc.reason}")
+                tally.add(skipped=1)
+                continue
             timed(f"{group}: {name}", lambda: run_executable(group, name, folder, path, tally))
         if group == "unit":
             timed("unit: doc tests", lambda: run_doc_tests(tally))
@@ -244,6 +255,21 @@ def prepare_python(log):
         quiet(install, log)
         stamp.write_text(wanted)
     make_fixtures(python, log)
+
+
+def prepare_nvrtc(log):
+    """.cache/nvrtc, and where the compiler is in it."""
+    CACHE.mkdir(exist_ok=True)
+    stamp = NVRTC / "package"
+    if not (stamp.exists() and stamp.read_text() == NVRTC_PACKAGE):
+        shutil.rmtree(NVRTC, ignore_errors=True)
+        quiet([sys.executable, "-m", "venv", str(NVRTC)], log)
+        quiet([str(NVRTC / "bin/python"), "-m", "pip", "install", "-q", NVRTC_PACKAGE], log)
+        stamp.write_text(NVRTC_PACKAGE)
+    found = list(NVRTC.glob("lib/python*/site-packages"))
+    if not found:
+        raise RuntimeError(f"no site-packages below {NVRTC}")
+    os.environ["BLOCKPLANE_NVRTC_DIR"] = str(found[0])
 
 
 def make_fixtures(python, log):

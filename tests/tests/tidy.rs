@@ -56,6 +56,10 @@ const READS_ENVIRONMENT: &[(&str, &str)] = &[
         "transfer/tests/chaos/main.rs",
         "a seed to repeat is named there, and nowhere else can it be",
     ),
+    (
+        "transfer/tests/kernels/main.rs",
+        "is told by `tests/run` where the compiler of the kernels is",
+    ),
     ("tests/tests/tidy.rs", "names the calls it looks for"),
 ];
 

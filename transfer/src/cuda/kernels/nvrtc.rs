@@ -470,3 +470,52 @@ fn chain(error: &dyn std::error::Error) -> String {
     }
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_library_that_is_none_is_passed_over_and_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let below = folder.path().join("nvidia/cu13/lib");
+        fs::create_dir_all(&below).unwrap();
+        let (old, new) = (below.join("libnvrtc.so.9"), below.join("libnvrtc.so.13"));
+        for path in [
+            &old,
+            &new,
+            &below.join("libnvrtc.so"),
+            &below.join("libnvrtc.so.x"),
+        ] {
+            fs::write(path, "no library").unwrap();
+        }
+        let folders = [folder.path().to_path_buf()];
+        // The highest number, compared as a number.
+        assert_eq!(in_folders(&folders), [new.as_path()]);
+        let reason = Nvrtc::open(&new).unwrap_err();
+        assert!(reason.contains(new.to_str().unwrap()), "{reason}");
+        match Nvrtc::find(&folders, None) {
+            // This machine has one.
+            Ok(found) => assert!(!found.info.path.starts_with(folder.path())),
+            Err(error) => {
+                let said = error.to_string();
+                assert!(said.contains(new.to_str().unwrap()), "{said}");
+                assert!(said.contains("pip install nvidia-cuda-nvrtc"), "{said}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_library_without_the_functions_is_none() {
+        // The loader finds it everywhere, and it has no compiler.
+        let reason = Nvrtc::open(Path::new("libc.so.6")).unwrap_err();
+        assert!(reason.contains("nvrtcVersion"), "{reason}");
+    }
+
+    #[test]
+    fn sizes_and_texts_are_checked() {
+        assert!(matches!(text("a\0b"), Err(KernelError::Nul { .. })));
+        assert_eq!(Output::Cubin(90).to_string(), "sm_90");
+        assert_eq!(Output::Ptx(100).to_string(), "compute_100");
+    }
+}
