@@ -5,6 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use crate::config::Lane;
+use crate::cuda::{CudaError, CudaUnavailable};
 use crate::memory::RegionId;
 use crate::peer::StoreError;
 use crate::plan::LayoutError;
@@ -69,9 +70,48 @@ pub enum RegisterError {
         /// The system's error.
         source: io::Error,
     },
+    /// There is no CUDA for a region that needs it.
+    #[error("region {label:?} needs a GPU: {source}")]
+    Cuda {
+        /// Label of the region.
+        label: String,
+        /// What is missing.
+        source: CudaUnavailable,
+    },
+    /// The device refused the memory.
+    #[error("region {label:?} of {bytes} bytes: {source}")]
+    Device {
+        /// Label of the region.
+        label: String,
+        /// Bytes asked for.
+        bytes: usize,
+        /// The driver's error; [`CudaError::is_out_of_memory`] tells the usual one.
+        source: CudaError,
+    },
     /// The agent is shut down.
     #[error("the agent is shut down")]
     AgentStopped,
+}
+
+impl RegisterError {
+    pub(crate) fn cuda(label: &str, source: CudaUnavailable) -> Self {
+        Self::Cuda {
+            label: label.to_owned(),
+            source,
+        }
+    }
+}
+
+/// Why bytes of a region could not be read or written by hand.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AccessError {
+    /// The range is not in the region.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] CudaError),
 }
 
 /// Why no connection to a peer came about.
@@ -175,6 +215,61 @@ pub enum PrepareError {
     /// The peer is connected when it is first used, and that failed.
     #[error(transparent)]
     Connect(#[from] ConnectError),
+    /// A device is needed and cannot be used.
+    #[error(transparent)]
+    Cuda(#[from] CudaUnavailable),
+    /// A device is needed and refuses.
+    #[error("cuda:{device}: {error}")]
+    Device {
+        /// The device.
+        device: u32,
+        /// What the driver says.
+        error: CudaError,
+    },
+    /// The kernels for a device cannot be had.
+    #[error("no kernels for cuda:{device}: {reason}")]
+    Kernels {
+        /// The device.
+        device: u32,
+        /// What is missing, and where it was looked for.
+        reason: String,
+    },
+    /// One operation names memory of several devices on one side, or of a device and of the host.
+    #[error(
+        "the {side} blocks lie on more than one device, or on a device and the host; accepted: one of them in one operation"
+    )]
+    MixedMemory {
+        /// Which side.
+        side: Side,
+    },
+    /// A device cannot reach the memory of the other side.
+    #[error(
+        "no device reaches region {region}: {reason}; accepted: device memory and arenas of this host"
+    )]
+    Unreachable {
+        /// The region.
+        region: RegionId,
+        /// Why.
+        reason: String,
+    },
+    /// Device memory where only host memory will do.
+    #[error("region {region} is device memory; {accepted}")]
+    DeviceMemory {
+        /// The region.
+        region: RegionId,
+        /// What is accepted instead.
+        accepted: &'static str,
+    },
+    /// Host memory was not pinned in time.
+    #[error("the first {bytes} bytes of the {side} region were not pinned within {timeout:?}")]
+    Unpinned {
+        /// Which side.
+        side: Side,
+        /// Bytes that the operation needs.
+        bytes: u64,
+        /// `AgentConfig::connect_timeout`.
+        timeout: Duration,
+    },
     /// The peer has no such region, or has released it.
     #[error("agent {peer:?} has no region {region}")]
     UnknownRegion {
@@ -363,6 +458,16 @@ pub enum PostError {
         /// The limit.
         limit: usize,
     },
+    /// An event or a budget of multiprocessors for an operation that no device does.
+    #[error(
+        "{option} makes sense for operations on the cuda lane only; this one is on lane {lane}"
+    )]
+    NotOnDevice {
+        /// The option.
+        option: &'static str,
+        /// The lane of the operation.
+        lane: Lane,
+    },
     /// The peer handle belongs to another agent.
     #[error("the connection to {peer:?} belongs to another agent")]
     ForeignPeer {
@@ -459,6 +564,9 @@ pub enum TransferError {
     /// A file or an object store failed. Bytes of the operation may have moved.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// A device failed. Bytes of the operation may have moved.
+    #[error(transparent)]
+    Device(#[from] DeviceFailure),
     /// The kernel does not copy into or out of the peer's memory any more.
     #[error("the memory of the peer cannot be accessed: {reason}")]
     Inaccessible {
@@ -487,9 +595,24 @@ impl TransferError {
             Self::Cancelled
             | Self::WindowClosed { .. }
             | Self::Inaccessible { .. }
+            | Self::Device(_)
             | Self::Injected => false,
         }
     }
+}
+
+/// A device failed under a transfer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("cuda:{device} failed: {error}{}", if *poisoned { "; the device is lost for this process, start it again" } else { "" })]
+#[non_exhaustive]
+pub struct DeviceFailure {
+    /// The device.
+    pub device: u32,
+    /// What the driver says.
+    pub error: CudaError,
+    /// The context of the device is beyond use: everything on the device fails until the process starts
+    /// again.
+    pub poisoned: bool,
 }
 
 /// What a peer refuses.

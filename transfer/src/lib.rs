@@ -312,16 +312,18 @@ mod wire;
 
 pub use agent::{Agent, LaneInfo, Peer};
 pub use config::{
-    AgentConfig, ArenaConfig, ConnectOptions, FaultConfig, HugePages, Lane, Pem, RemoteAccess,
-    TlsConfig, TlsPeerName,
+    AgentConfig, ArenaConfig, ConnectOptions, CudaConfig, DeviceArenaConfig, FaultConfig,
+    HugePages, Lane, Pem, RemoteAccess, TlsConfig, TlsPeerName,
 };
 pub use cuda::{
-    ImageOrigin, KernelConfig, KernelError, KernelImage, NvrtcInfo, compile_kernels, find_nvrtc,
+    CudaDevice, CudaError, CudaReport, CudaUnavailable, DeviceEvent, DeviceMemory, DeviceSharing,
+    ImageOrigin, KernelConfig, KernelError, KernelImage, NvrtcInfo, PinConfig, PinProgress,
+    compile_kernels, find_nvrtc, probe_cuda,
 };
 pub use error::{
-    AgentError, AgentStopped, ConnectError, FetchError, LookupError, LossCause, MapError,
-    MetadataError, PeerLost, PostError, PrepareError, RegisterError, Rejection, Side,
-    TransferError, WindowError,
+    AccessError, AgentError, AgentStopped, ConnectError, DeviceFailure, FetchError, LookupError,
+    LossCause, MapError, MetadataError, PeerLost, PostError, PrepareError, RegisterError,
+    Rejection, Side, TransferError, WindowError,
 };
 pub use memory::{HostMemory, HugePageUse, RegionBusy, RegionId, RegionKind, Registration};
 pub use op::{

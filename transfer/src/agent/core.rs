@@ -9,7 +9,8 @@ use parking_lot::{Mutex, RwLock};
 
 use super::peer::KnownPeer;
 use super::{CopyPool, Session, Timers};
-use crate::config::{AgentConfig, ArenaConfig, RemoteAccess};
+use crate::config::{AgentConfig, ArenaConfig, DeviceArenaConfig, RemoteAccess};
+use crate::cuda::{CudaUnavailable, DeviceMemory, Mover};
 use crate::error::{AgentError, LossCause, MetadataError, RegisterError, WindowError};
 use crate::memory::{HostMemory, Region, RegionId, RegionOwner, Registration};
 use crate::op::{Notification, NotificationQueue};
@@ -26,6 +27,7 @@ pub(crate) struct Core {
     pub(crate) counters: Arc<Counters>,
     pub(crate) timers: Arc<Timers>,
     pub(crate) copies: Arc<CopyPool>,
+    pub(crate) mover: Arc<Mover>,
     pub(crate) notifications: Arc<NotificationQueue>,
     pub(crate) storage: Storage,
     regions: RwLock<HashMap<RegionId, Weak<Region>>>,
@@ -93,6 +95,7 @@ impl Core {
             counters: Arc::default(),
             timers,
             copies,
+            mover: Mover::new(&config.cuda),
             notifications,
             storage: Storage::default(),
             regions: RwLock::default(),
@@ -131,6 +134,7 @@ impl Core {
         self.notifications.stop();
         self.reactors.stop();
         self.copies.stop();
+        self.mover.stop_all();
         self.timers.stop();
         tracing::debug!(agent = %self.name, epoch = self.epoch, "agent stopped");
     }
@@ -188,7 +192,38 @@ impl Core {
         config: &ArenaConfig,
     ) -> Result<Registration, RegisterError> {
         self.check_regions()?;
+        if config.pin.is_some() {
+            self.check_cuda(&config.label)?;
+        }
         self.add_region(Region::arena(RegionId(self.next_name()), config)?)
+    }
+
+    pub(super) fn allocate_device(
+        self: &Arc<Self>,
+        config: &DeviceArenaConfig,
+    ) -> Result<Registration, RegisterError> {
+        self.check_regions()?;
+        self.check_cuda(&config.label)?;
+        self.add_region(Region::device_arena(RegionId(self.next_name()), config)?)
+    }
+
+    pub(super) fn register_device(
+        self: &Arc<Self>,
+        memory: DeviceMemory,
+        access: RemoteAccess,
+    ) -> Result<Registration, RegisterError> {
+        self.check_regions()?;
+        self.check_cuda("device")?;
+        let id = RegionId(self.next_name());
+        self.add_region(Region::device_memory(id, memory, access)?)
+    }
+
+    fn check_cuda(&self, label: &str) -> Result<(), RegisterError> {
+        if self.config.cuda.enabled {
+            Ok(())
+        } else {
+            Err(RegisterError::cuda(label, CudaUnavailable::Off))
+        }
     }
 
     pub(super) fn register(

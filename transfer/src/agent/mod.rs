@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::config::{AgentConfig, ArenaConfig, ConnectOptions, RemoteAccess};
+use crate::config::{AgentConfig, ArenaConfig, ConnectOptions, DeviceArenaConfig, RemoteAccess};
+use crate::cuda::DeviceMemory;
 use crate::error::{
     AgentError, ConnectError, MapError, PostError, PrepareError, RegisterError, WindowError,
 };
@@ -35,7 +36,9 @@ pub use peer::{LaneInfo, Peer};
 pub(crate) use copy::CopyPool;
 pub(crate) use core::{Core, find_in_process, random_u64};
 pub(crate) use peer::NoSession;
-pub(crate) use remote::{ForeignMemory, MappedMemory, RemoteMemory, RemoteRegion};
+pub(crate) use remote::{
+    DeviceOfPeer, ForeignMemory, MappedMemory, PeerDeviceMemory, RemoteMemory, RemoteRegion,
+};
 pub(crate) use session::{LaneChoice, Session, next_session_key};
 pub(crate) use timers::{TimerKey, Timers};
 
@@ -104,6 +107,37 @@ impl Agent {
     )]
     pub fn allocate(&self, config: ArenaConfig) -> Result<Registration, RegisterError> {
         self.core().allocate(&config)
+    }
+
+    /// Allocates an arena of device memory, filled with zeros: other devices of this process and peers
+    /// on this host reach it at the speed of the link between devices. The first region on a device
+    /// opens the device: its context takes a few hundred MB there until the process ends, unless
+    /// something else in the process has one already.
+    ///
+    /// # Errors
+    /// There is no CUDA or no such device, the device has no memory left, or a limit is reached.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "a configuration is written in the call"
+    )]
+    pub fn allocate_device(
+        &self,
+        config: DeviceArenaConfig,
+    ) -> Result<Registration, RegisterError> {
+        self.core().allocate_device(&config)
+    }
+
+    /// Registers device memory that somebody else allocated, such as a tensor. Peers on this host open it
+    /// by a handle of the driver, which it has if it was allocated by `cuMemAlloc` or `cudaMalloc`.
+    ///
+    /// # Errors
+    /// There is no CUDA or no such device, the memory is not what `memory` says, or a limit is reached.
+    pub fn register_device(
+        &self,
+        memory: DeviceMemory,
+        access: RemoteAccess,
+    ) -> Result<Registration, RegisterError> {
+        self.core().register_device(memory, access)
     }
 
     /// Registers memory of this process. Peers reach it through a socket, also on this host:

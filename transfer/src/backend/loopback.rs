@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use super::{Backend, LaneFailure, Opened, Refusal};
 use crate::agent::{
-    CopyPool, Core, MappedMemory, RemoteMemory, RemoteRegion, Session, find_in_process,
+    Core, DeviceOfPeer, MappedMemory, PeerDeviceMemory, RemoteMemory, RemoteRegion, Session,
+    find_in_process,
 };
 use crate::config::RemoteAccess;
 use crate::error::{LossCause, Rejection, TransferError};
@@ -17,7 +18,6 @@ use crate::window::{Grant, GrantSpec, Holder, OpenWindow, WindowId};
 #[derive(Debug)]
 struct Loopback {
     target: Weak<Core>,
-    copies: Arc<CopyPool>,
     from: Arc<str>,
     epoch: u64,
 }
@@ -28,7 +28,6 @@ pub(super) fn open(core: &Arc<Core>, metadata: &Metadata) -> Result<Opened, Lane
         .ok_or_else(|| LaneFailure::Unusable("the peer is not in this process".into()))?;
     let backend = Loopback {
         target: Arc::downgrade(&target),
-        copies: core.copies.clone(),
         from: core.name.clone(),
         epoch: core.epoch,
     };
@@ -61,7 +60,15 @@ impl Backend for Loopback {
             return Err(Refusal::Denied);
         }
         let (len, access) = (region.len as u64, region.access);
-        let memory = RemoteMemory::Mapped(MappedMemory::InProcess(region));
+        let memory = match region.device().map(|range| range.device.info) {
+            Some(owner) => RemoteMemory::Device(DeviceOfPeer {
+                owner,
+                pull: target.config.cuda.peers_pull,
+                memory: PeerDeviceMemory::InProcess(region),
+                usage: None,
+            }),
+            None => RemoteMemory::Mapped(MappedMemory::InProcess(region)),
+        };
         Ok(RemoteRegion::new(id, len, access, memory))
     }
 
@@ -94,11 +101,11 @@ impl Backend for Loopback {
     }
 
     fn start(&self, transfer: &Arc<TransferState>) {
-        self.copies.submit(transfer);
+        transfer.start_here();
     }
 
-    fn stop(&self, _transfer: &Arc<TransferState>) {
-        // The copy workers give their parts back; each is short.
+    fn stop(&self, transfer: &Arc<TransferState>) {
+        transfer.stop_here();
     }
 
     fn notify(&self, transfer: &Arc<TransferState>) -> Option<Result<(), TransferError>> {

@@ -141,6 +141,9 @@ pub(crate) fn open(
         Lane::Object => Err(LaneFailure::unusable(
             "object stores are opened, not connected to",
         )),
+        Lane::Cuda => Err(LaneFailure::unusable(
+            "device memory is reached over loopback and shm",
+        )),
     }
 }
 

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
@@ -12,8 +12,11 @@ use parking_lot::{Condvar, Mutex};
 use super::arena;
 use super::mapping::Mapping;
 use crate::clock::after;
-use crate::config::{ArenaConfig, RemoteAccess};
-use crate::error::RegisterError;
+use crate::config::{ArenaConfig, DeviceArenaConfig, RemoteAccess};
+use crate::cuda::{
+    CudaError, Device, DeviceMemory, DeviceRange, DeviceSharing, Pin, PinConfig, PinProgress,
+};
+use crate::error::{AccessError, RegisterError};
 use crate::plan::LayoutError;
 
 /// Names a region of one agent in one epoch; never used twice.
@@ -37,6 +40,13 @@ pub enum RegionKind {
     },
     /// Ordinary memory of this process; peers reach it through a socket.
     Host,
+    /// Memory of a GPU; other devices and peers on this host map it.
+    Device {
+        /// The device, as this process numbers it.
+        device: u32,
+        /// How peers get at it; none for memory that the caller allocated, where the driver decides.
+        sharing: Option<DeviceSharing>,
+    },
 }
 
 /// What became of the wish for huge pages.
@@ -54,7 +64,12 @@ pub enum HugePageUse {
 
 /// Memory of this process to be registered.
 #[derive(Debug)]
-pub struct HostMemory(pub(crate) Backing);
+pub struct HostMemory {
+    base: NonNull<u8>,
+    bytes: usize,
+    /// It was a boxed slice, and is freed as one.
+    owned: bool,
+}
 
 impl HostMemory {
     /// Memory that somebody else owns.
@@ -65,7 +80,11 @@ impl HostMemory {
     /// peer can touch it.
     #[must_use]
     pub const unsafe fn from_raw(base: NonNull<u8>, bytes: usize) -> Self {
-        Self(Backing::Foreign { base, bytes })
+        Self {
+            base,
+            bytes,
+            owned: false,
+        }
     }
 }
 
@@ -82,42 +101,44 @@ impl From<Box<[u8]>> for HostMemory {
         let base = NonNull::from(Box::leak(memory)).cast::<u8>();
         // Fewer and larger pages make copies through the kernel cheaper.
         super::advise_huge_pages(base, bytes);
-        Self(Backing::Owned { base, bytes })
+        Self {
+            base,
+            bytes,
+            owned: true,
+        }
     }
 }
 
-/// Where the bytes live and who frees them.
-#[derive(Debug)]
-pub(crate) enum Backing {
-    Arena {
-        fd: Arc<OwnedFd>,
-        mapping: Mapping,
-        huge_pages: HugePageUse,
-    },
-    Owned {
-        base: NonNull<u8>,
-        bytes: usize,
-    },
-    Foreign {
-        base: NonNull<u8>,
-        bytes: usize,
-    },
-}
-
 // SAFETY: an address range without thread affinity; all access is through raw pointers.
-unsafe impl Send for Backing {}
+unsafe impl Send for HostMemory {}
 // SAFETY: as above; the struct itself is never mutated.
-unsafe impl Sync for Backing {}
+unsafe impl Sync for HostMemory {}
 
-impl Drop for Backing {
+impl Drop for HostMemory {
     fn drop(&mut self) {
-        if let Self::Owned { base, bytes } = *self {
-            let slice = std::ptr::slice_from_raw_parts_mut(base.as_ptr(), bytes);
+        if self.owned {
+            let slice = std::ptr::slice_from_raw_parts_mut(self.base.as_ptr(), self.bytes);
             // SAFETY: this is the pointer and length of the boxed slice that was leaked when the
             // memory came in, and the last user of the region is gone.
             drop(unsafe { Box::from_raw(slice) });
         }
     }
+}
+
+/// Where the bytes of a region live, and who frees them.
+#[derive(Debug)]
+enum Backing {
+    Arena {
+        fd: Arc<OwnedFd>,
+        #[expect(dead_code, reason = "kept to be unmapped with the region")]
+        mapping: Mapping,
+        huge_pages: HugePageUse,
+    },
+    Host(#[expect(dead_code, reason = "kept to be freed with the region")] HostMemory),
+    Device {
+        range: DeviceRange,
+        sharing: Option<DeviceSharing>,
+    },
 }
 
 /// Registered memory. Lives as long as anything names it.
@@ -128,6 +149,8 @@ pub(crate) struct Region {
     pub(crate) access: RemoteAccess,
     pub(crate) len: usize,
     base: NonNull<u8>,
+    /// Before the memory, so that it is unpinned before it goes.
+    pin: OnceLock<Pin>,
     backing: Backing,
     released: AtomicBool,
     gone: Arc<Gone>,
@@ -171,24 +194,9 @@ impl Region {
         memory: HostMemory,
         access: RemoteAccess,
     ) -> Result<Self, RegisterError> {
-        let (base, len) = match memory.0 {
-            Backing::Owned { base, bytes } | Backing::Foreign { base, bytes } => (base, bytes),
-            Backing::Arena { ref mapping, .. } => (mapping.base(), mapping.bytes()),
-        };
-        let label = String::from("host");
-        if len == 0 {
-            return Err(RegisterError::Empty { label });
-        }
-        let released = AtomicBool::new(false);
-        Ok(Self {
-            id,
-            label: label.into(),
-            access,
-            len,
-            base,
-            backing: memory.0,
-            released,
-            gone: Arc::default(),
+        let (base, len) = (memory.base, memory.bytes);
+        Self::new(id, "host", access, len, |_| {
+            Ok((base, Backing::Host(memory)))
         })
     }
 
@@ -198,41 +206,125 @@ impl Region {
             ref label,
             huge_pages,
             access,
+            pin,
         } = *config;
+        let near = pin.map(|pin| Device::open(pin.device)).transpose();
+        let near = near.map_err(|error| RegisterError::cuda(label, error))?;
+        let region = Self::new(id, label, access, bytes, |label| {
+            let (fd, mapping, huge_pages) =
+                arena::create(label, bytes, huge_pages).map_err(|(what, source)| {
+                    RegisterError::Memory {
+                        what,
+                        label: label.to_owned(),
+                        bytes,
+                        source,
+                    }
+                })?;
+            let fd = Arc::new(fd);
+            Ok((
+                mapping.base(),
+                Backing::Arena {
+                    fd,
+                    mapping,
+                    huge_pages,
+                },
+            ))
+        })?;
+        if let (Some(device), Some(config)) = (near, pin) {
+            region.pin_with(device, &config);
+        }
+        Ok(region)
+    }
+
+    pub(crate) fn device_arena(
+        id: RegionId,
+        config: &DeviceArenaConfig,
+    ) -> Result<Self, RegisterError> {
+        let DeviceArenaConfig {
+            device,
+            bytes,
+            ref label,
+            access,
+            sharing,
+        } = *config;
+        let device = Device::open(device).map_err(|error| RegisterError::cuda(label, error))?;
+        Self::on_device(id, label, access, bytes, Some(sharing), || {
+            DeviceRange::allocate(device, bytes, sharing)
+        })
+    }
+
+    pub(crate) fn device_memory(
+        id: RegionId,
+        memory: DeviceMemory,
+        access: RemoteAccess,
+    ) -> Result<Self, RegisterError> {
+        let label = "device";
+        let device =
+            Device::open(memory.device).map_err(|error| RegisterError::cuda(label, error))?;
+        Self::on_device(id, label, access, memory.bytes, None, || {
+            DeviceRange::foreign(device, memory.address, memory.bytes)
+        })
+    }
+
+    fn on_device(
+        id: RegionId,
+        label: &str,
+        access: RemoteAccess,
+        bytes: usize,
+        sharing: Option<DeviceSharing>,
+        make: impl FnOnce() -> Result<DeviceRange, CudaError>,
+    ) -> Result<Self, RegisterError> {
+        Self::new(id, label, access, bytes, |label| {
+            let range = make().map_err(|source| RegisterError::Device {
+                label: label.to_owned(),
+                bytes,
+                source,
+            })?;
+            let address = usize::try_from(range.address).ok().and_then(|address| {
+                // Device addresses share one space with those of the host; nobody follows this one.
+                NonNull::new(std::ptr::without_provenance_mut(address))
+            });
+            let base = address.ok_or_else(|| RegisterError::Empty {
+                label: label.to_owned(),
+            })?;
+            Ok((base, Backing::Device { range, sharing }))
+        })
+    }
+
+    /// Checks what all regions have in common, then takes the memory.
+    fn new(
+        id: RegionId,
+        label: &str,
+        access: RemoteAccess,
+        len: usize,
+        make: impl FnOnce(&str) -> Result<(NonNull<u8>, Backing), RegisterError>,
+    ) -> Result<Self, RegisterError> {
         if label.len() > 255 {
             return Err(RegisterError::LabelTooLong { bytes: label.len() });
         }
-        if bytes == 0 {
+        if len == 0 {
             return Err(RegisterError::Empty {
-                label: label.clone(),
+                label: label.to_owned(),
             });
         }
-        let (fd, mapping, huge_pages) =
-            arena::create(label, bytes, huge_pages).map_err(|(what, source)| {
-                RegisterError::Memory {
-                    what,
-                    label: label.clone(),
-                    bytes,
-                    source,
-                }
-            })?;
+        let (base, backing) = make(label)?;
         Ok(Self {
             id,
-            label: label.as_str().into(),
+            label: label.into(),
             access,
-            len: bytes,
-            base: mapping.base(),
-            backing: Backing::Arena {
-                fd: Arc::new(fd),
-                mapping,
-                huge_pages,
-            },
+            len,
+            base,
+            pin: OnceLock::new(),
+            backing,
             released: AtomicBool::new(false),
             gone: Arc::default(),
         })
     }
 
+    /// The first byte of host memory. Device memory has none that this process could touch:
+    /// whoever calls this has checked that [`Self::device`] is none.
     pub(crate) fn base(&self) -> *mut u8 {
+        debug_assert!(self.device().is_none(), "device memory is not touched here");
         self.base.as_ptr()
     }
 
@@ -241,7 +333,11 @@ impl Region {
             Backing::Arena { huge_pages, .. } => RegionKind::Arena {
                 huge_pages: huge_pages.clone(),
             },
-            Backing::Owned { .. } | Backing::Foreign { .. } => RegionKind::Host,
+            Backing::Host(_) => RegionKind::Host,
+            Backing::Device { range, sharing } => RegionKind::Device {
+                device: range.device.ordinal(),
+                sharing: *sharing,
+            },
         }
     }
 
@@ -249,13 +345,32 @@ impl Region {
     pub(crate) fn file(&self) -> Option<&Arc<OwnedFd>> {
         match &self.backing {
             Backing::Arena { fd, .. } => Some(fd),
-            Backing::Owned { .. } | Backing::Foreign { .. } => None,
+            Backing::Host(_) | Backing::Device { .. } => None,
         }
     }
 
-    /// Where the memory begins, for a peer that copies through the kernel.
+    /// The device memory that it is, if it is.
+    pub(crate) const fn device(&self) -> Option<&DeviceRange> {
+        match &self.backing {
+            Backing::Device { range, .. } => Some(range),
+            Backing::Arena { .. } | Backing::Host(_) => None,
+        }
+    }
+
+    /// Where the memory begins: for a peer that copies through the kernel, and for devices.
     pub(crate) fn address(&self) -> u64 {
         super::address_of(self.base)
+    }
+
+    /// Host memory, pinned for `device` and all others if it is not yet.
+    pub(crate) fn pin(&self, device: &'static Device) -> &Pin {
+        self.pin_with(device, &PinConfig::near(device.ordinal()))
+    }
+
+    fn pin_with(&self, device: &'static Device, config: &PinConfig) -> &Pin {
+        // SAFETY: the memory stays until `backing` is dropped, which is after `pin`.
+        let start = || unsafe { Pin::start(device, self.base, self.len, config) };
+        self.pin.get_or_init(start)
     }
 
     pub(crate) fn release(&self) {
@@ -352,7 +467,22 @@ impl Registration {
         self.region().len
     }
 
-    /// First byte. Peers and transfers may write behind it at any time: use raw pointers, and form
+    /// How far pinning of host memory has come; none if nobody has asked for it yet, and for device
+    /// memory.
+    #[must_use]
+    pub fn pinned(&self) -> Option<PinProgress> {
+        self.region().pin.get().map(Pin::progress)
+    }
+
+    /// The device and the address there, for device memory.
+    #[must_use]
+    pub fn device(&self) -> Option<(u32, u64)> {
+        let range = self.region().device()?;
+        Some((range.device.ordinal(), range.address))
+    }
+
+    /// First byte of host memory. For device memory, its address on the device, which must not be
+    /// followed on the host. Peers and transfers may write behind it at any time: use raw pointers, and form
     /// references only to parts that nothing else can touch (blocks outside of every open window).
     #[must_use]
     pub fn base_ptr(&self) -> NonNull<u8> {
@@ -377,33 +507,51 @@ impl Registration {
         self.region().access
     }
 
-    /// Copies bytes out of the region. Bytes that a transfer or a peer writes at the same moment
-    /// come out unspecified.
-    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), LayoutError> {
-        let from = self.pointer(offset, into.len())?;
+    /// Copies bytes out of the region, whatever memory it is. Bytes that a transfer or a peer writes
+    /// at the same moment come out unspecified.
+    ///
+    /// # Errors
+    /// The range is not in the region, or the device fails.
+    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), AccessError> {
+        let at = self.checked(offset, into.len())?;
+        if let Some(range) = self.region().device() {
+            // SAFETY: in bounds; `into` is a Rust slice of its own.
+            unsafe { range.fetch(offset, into.as_mut_ptr(), into.len()) }?;
+            return Ok(());
+        }
+        // SAFETY: in bounds, so the result stays inside (or one past) the region.
+        let from = unsafe { self.region().base().add(at) };
         // SAFETY: in bounds of a region that `self` keeps mapped; `into` is a Rust slice of its own.
         unsafe { super::copy_bytes(from, into.as_mut_ptr(), into.len()) };
         Ok(())
     }
 
-    /// Copies bytes into the region. Bytes that a transfer or a peer touches at the same moment
-    /// are unspecified there.
-    pub fn write_at(&self, offset: u64, from: &[u8]) -> Result<(), LayoutError> {
-        let to = self.pointer(offset, from.len())?;
+    /// Copies bytes into the region, whatever memory it is. Bytes that a transfer or a peer touches
+    /// at the same moment are unspecified there.
+    ///
+    /// # Errors
+    /// The range is not in the region, or the device fails.
+    pub fn write_at(&self, offset: u64, from: &[u8]) -> Result<(), AccessError> {
+        let at = self.checked(offset, from.len())?;
+        if let Some(range) = self.region().device() {
+            // SAFETY: in bounds; `from` is a Rust slice.
+            unsafe { range.fill(offset, from.as_ptr(), from.len()) }?;
+            return Ok(());
+        }
+        // SAFETY: in bounds, so the result stays inside (or one past) the region.
+        let to = unsafe { self.region().base().add(at) };
         // SAFETY: in bounds of a region that `self` keeps mapped; `from` is a Rust slice of its own.
         unsafe { super::copy_bytes(from.as_ptr(), to, from.len()) };
         Ok(())
     }
 
-    fn pointer(&self, offset: u64, bytes: usize) -> Result<*mut u8, LayoutError> {
+    fn checked(&self, offset: u64, bytes: usize) -> Result<usize, LayoutError> {
         let region_bytes = self.len() as u64;
         let end = offset.saturating_add(bytes as u64);
         if end > region_bytes {
             return Err(LayoutError::OutOfRegion { end, region_bytes });
         }
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        // SAFETY: `offset <= len`, so the result stays inside (or one past) the region.
-        Ok(unsafe { self.region().base().add(offset) })
+        Ok(usize::try_from(offset).unwrap_or(usize::MAX))
     }
 }
 

@@ -144,6 +144,8 @@ pub(crate) fn map_blocks(
         RemoteMemory::Foreign(_) => return Err(not_mapped("it is not an arena")),
         RemoteMemory::Streamed(why) => return Err(not_mapped(why)),
         RemoteMemory::Stored => return Err(not_mapped("it is storage")),
+        RemoteMemory::Unreachable(why) => return Err(not_mapped(why)),
+        RemoteMemory::Device(_) => return Err(not_mapped("it is device memory")),
     }
     let set = BlockSet {
         layout: remote.layout,

@@ -34,4 +34,4 @@ pub(crate) use prepare::{
 };
 pub(crate) use state::{TransferState, Turn};
 pub(crate) use tensor::prepare_tensors;
-pub(crate) use work::{Path, SetPair, Stripe, Work};
+pub(crate) use work::{Path, SetPair, Stripe, TensorCopy, Work};

@@ -7,7 +7,7 @@ use std::cell::RefCell;
 
 use super::request::Op;
 use super::work::SetPair;
-use crate::agent::{RemoteMemory, RemoteRegion};
+use crate::agent::{DeviceOfPeer, PeerDeviceMemory, RemoteMemory, RemoteRegion};
 use crate::error::PrepareError;
 use crate::memory::Region;
 use crate::plan::{BlockIds, BlockSet, Order, Segments, Table, TensorSet, for_each_segment};
@@ -32,7 +32,7 @@ impl Extent {
     fn local(region: &Region) -> Self {
         Self {
             space: 0,
-            start: region.base() as u64,
+            start: region.address(),
             bytes: region.len as u64,
         }
     }
@@ -40,9 +40,15 @@ impl Extent {
     fn remote(region: &RemoteRegion) -> Self {
         let (space, start) = match &region.memory {
             RemoteMemory::Mapped(mapped) => (0, mapped.base() as u64),
-            RemoteMemory::Foreign(_) | RemoteMemory::Streamed(_) | RemoteMemory::Stored => {
-                (region.id.0.wrapping_add(1), 0)
-            }
+            RemoteMemory::Device(DeviceOfPeer {
+                memory: PeerDeviceMemory::InProcess(theirs),
+                ..
+            }) => (0, theirs.address()),
+            RemoteMemory::Device(_)
+            | RemoteMemory::Foreign(_)
+            | RemoteMemory::Streamed(_)
+            | RemoteMemory::Stored
+            | RemoteMemory::Unreachable(_) => (region.id.0.wrapping_add(1), 0),
         };
         Self {
             space,

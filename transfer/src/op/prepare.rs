@@ -16,6 +16,8 @@ use super::work::{Path, SetPair, TensorCopy, Work, stripe_sets};
 use crate::agent::{Core, NoSession, Peer, RemoteMemory, RemoteRegion, Session};
 use crate::backend::Refusal;
 use crate::clock::{after, after_instant};
+use crate::config::Lane;
+use crate::cuda::DeviceWork;
 use crate::error::{PostError, PrepareError, Side};
 use crate::memory::{Region, RegionId, Registration};
 use crate::plan::{
@@ -80,6 +82,16 @@ pub(crate) fn post(
         if bytes > limit {
             return Err(PostError::NotificationTooLarge { bytes, limit });
         }
+    }
+    let on_device = work.is_some_and(|work| work.device().is_some());
+    let device_option = match (&options.after, &options.sms) {
+        (Some(_), _) => Some("an event"),
+        (None, Some(_)) => Some("a budget of multiprocessors"),
+        (None, None) => None,
+    };
+    if let Some(option) = device_option.filter(|_| !on_device) {
+        let lane = work.map_or_else(|| session.lane().lane, |work| work.plan.lane);
+        return Err(PostError::NotOnDevice { option, lane });
     }
     if let Some((queue, _)) = &options.completion
         && !queue.reserve()
@@ -370,7 +382,7 @@ pub(super) fn finish(
     check_bytes(checked.bytes)?;
     check_overlap(op, &sets)?;
     checked.sets = sets;
-    Ok(checked.plan(core, session, op))
+    checked.plan(core, session, op)
 }
 
 pub(super) fn check_bytes(bytes: u64) -> Result<(), PrepareError> {
@@ -404,20 +416,47 @@ pub(super) struct Checked {
 
 impl Checked {
     /// Chooses how the bytes move.
-    pub(super) fn plan(self, core: &Arc<Core>, session: Arc<Session>, op: Op) -> Prepared {
+    pub(super) fn plan(
+        self,
+        core: &Arc<Core>,
+        session: Arc<Session>,
+        op: Op,
+    ) -> Result<Prepared, PrepareError> {
         let Self { sets, tensors, .. } = &self;
-        let memories = || {
-            let tensors = tensors.iter().map(|copy| &copy.remote_region);
-            let regions = tensors.chain(sets.iter().map(|set| &set.remote_region));
-            regions.map(|region| &region.memory)
+        let ends = || {
+            let tensors = tensors.iter().map(TensorCopy::ends);
+            tensors.chain(sets.iter().map(SetPair::ends))
         };
+        let memories = || ends().map(|(_, remote)| &remote.memory);
+        for (_, remote) in ends() {
+            if let RemoteMemory::Unreachable(why) = &remote.memory {
+                return Err(PrepareError::Unreachable {
+                    region: remote.id,
+                    reason: why.as_ref().to_owned(),
+                });
+            }
+        }
+        let on_device = ends().any(|(local, remote)| {
+            local.device().is_some() || matches!(remote.memory, RemoteMemory::Device(_))
+        });
         let streamed = memories().find_map(|memory| match memory {
             RemoteMemory::Streamed(why) => Some(why),
-            RemoteMemory::Mapped(_) | RemoteMemory::Foreign(_) | RemoteMemory::Stored => None,
+            RemoteMemory::Mapped(_)
+            | RemoteMemory::Device(_)
+            | RemoteMemory::Foreign(_)
+            | RemoteMemory::Stored
+            | RemoteMemory::Unreachable(_) => None,
         });
-        let lane = session.lane().lane;
+        let mut lane = session.lane().lane;
         let mut reason = session.lane().reason.clone();
-        let (path, parts) = if let Some(why) = streamed {
+        let (path, parts) = if on_device {
+            let (work, how) = DeviceWork::prepare(core, op, sets, tensors)?;
+            lane = Lane::Cuda;
+            reason.push_str("; ");
+            reason.push_str(&how);
+            let parts = work.parts();
+            (Path::Device(Arc::new(work)), parts)
+        } else if let Some(why) = streamed {
             let stripes = stripe_sets(sets, self.bytes, session.streams());
             let parts = u32::try_from(stripes.len()).unwrap_or(u32::MAX);
             reason.push_str("; streamed: ");
@@ -464,6 +503,6 @@ impl Checked {
             grant: self.grant,
             plan,
         });
-        Prepared::new(core.clone(), session, work)
+        Ok(Prepared::new(core.clone(), session, work))
     }
 }

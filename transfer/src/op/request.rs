@@ -9,6 +9,7 @@ use bytes::Bytes;
 use super::completion::CompletionQueue;
 use crate::agent::Peer;
 use crate::config::Lane;
+use crate::cuda::DeviceEvent;
 use crate::memory::{RegionId, Registration};
 use crate::plan::{BlockIds, BlockLayout, KvBlockLayout, KvSlice};
 use crate::window::WindowId;
@@ -129,7 +130,7 @@ pub struct Plan {
     /// Pairs of block sets; a regular list is one. A copy that rearranges counts as one for each
     /// nest of loops.
     pub sets: usize,
-    /// Parts of a copy, or stripes over streams.
+    /// Parts of a copy, stripes over streams, or launches on a device.
     pub parts: u32,
     /// The lane.
     pub lane: Lane,
@@ -149,6 +150,12 @@ pub struct PostOptions {
     pub completion: Option<(CompletionQueue, u64)>,
     /// Names the request that the transfer serves, in traces and telemetry. Default none.
     pub request_id: Option<Arc<str>>,
+    /// The transfer touches no byte before the work behind which this event was recorded is done. For
+    /// operations on the cuda lane. Default none.
+    pub after: Option<DeviceEvent>,
+    /// Multiprocessors that the transfer may occupy, up to all that the device has. For operations on the
+    /// cuda lane. Default: [`CudaConfig::sms`](crate::CudaConfig::sms).
+    pub sms: Option<u32>,
 }
 
 impl Default for PostOptions {
@@ -166,6 +173,8 @@ impl PostOptions {
             notification: None,
             completion: None,
             request_id: None,
+            after: None,
+            sms: None,
         }
     }
 
@@ -180,6 +189,20 @@ impl PostOptions {
     #[must_use]
     pub fn complete_to(mut self, queue: &CompletionQueue, token: u64) -> Self {
         self.completion = Some((queue.clone(), token));
+        self
+    }
+
+    /// The same, after an event of the caller's.
+    #[must_use]
+    pub const fn after(mut self, event: DeviceEvent) -> Self {
+        self.after = Some(event);
+        self
+    }
+
+    /// The same with another budget of multiprocessors.
+    #[must_use]
+    pub const fn sms(mut self, sms: u32) -> Self {
+        self.sms = Some(sms);
         self
     }
 

@@ -20,6 +20,7 @@ use super::request::{Op, PostOptions};
 use super::telemetry::{Stopwatch, TransferTelemetry};
 use super::work::{Path, Work};
 use crate::agent::{Core, Session, TimerKey};
+use crate::cuda::DeviceEvent;
 use crate::error::{LossCause, TransferError};
 use crate::wire::Wanted;
 
@@ -45,6 +46,8 @@ pub(crate) struct TransferState {
     pub(crate) work: Option<Arc<Work>>,
     pub(crate) notification: Option<Bytes>,
     pub(crate) deadline: Duration,
+    /// What a device is told beside the work.
+    pub(crate) device: DeviceOptions,
     completion: Option<(CompletionQueue, u64)>,
     request_id: Option<Arc<str>>,
     stopwatch: Stopwatch,
@@ -69,6 +72,13 @@ impl std::fmt::Debug for TransferState {
             .field("phase", &self.cell.lock().phase)
             .finish_non_exhaustive()
     }
+}
+
+/// What a posting says to the device that does the work.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DeviceOptions {
+    pub(crate) after: Option<DeviceEvent>,
+    pub(crate) sms: Option<u32>,
 }
 
 struct Cell {
@@ -98,6 +108,8 @@ impl TransferState {
             notification,
             completion,
             request_id,
+            after,
+            sms,
         } = options;
         let parts = work.as_ref().map_or(0, |work| work.parts);
         let id = core.next_operation();
@@ -118,6 +130,7 @@ impl TransferState {
             work,
             notification,
             deadline,
+            device: DeviceOptions { after, sms },
             completion,
             request_id,
             stopwatch: Stopwatch::new(posted),
@@ -156,7 +169,11 @@ impl TransferState {
         until: Instant,
     ) -> Option<Result<(), TransferError>> {
         if !self.here() {
-            self.session.backend().help(self, until);
+            if self.on_device() {
+                self.core.mover.help(self, until);
+            } else {
+                self.session.backend().help(self, until);
+            }
         }
         let mut cell = self.cell.lock();
         loop {
@@ -199,6 +216,29 @@ impl TransferState {
     /// The copy workers may take parts from now on.
     pub(crate) fn start_copying(&self) {
         self.started.store(true, Ordering::Release);
+    }
+
+    /// Starts the copies of an operation whose memory this process reaches itself.
+    pub(crate) fn start_here(self: &Arc<Self>) {
+        if self.on_device() {
+            self.core.mover.start(self);
+        } else {
+            self.core.copies.submit(self);
+        }
+    }
+
+    /// Calls off what has not begun of them. Copy workers give their parts back by themselves, each is
+    /// short.
+    pub(crate) fn stop_here(self: &Arc<Self>) {
+        if self.on_device() {
+            self.core.mover.stop(self);
+        }
+    }
+
+    fn on_device(&self) -> bool {
+        self.work
+            .as_ref()
+            .is_some_and(|work| work.device().is_some())
     }
 
     /// Copies parts until none is left to claim. Any thread may help.

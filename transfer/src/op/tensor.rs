@@ -222,7 +222,7 @@ impl Sides {
             };
             checked.tensors = pairs.into_iter().map(copy).collect();
         }
-        Ok(checked.plan(core, session, self.op))
+        checked.plan(core, session, self.op)
     }
 
     /// The copies as block sets, which is what streams carry.

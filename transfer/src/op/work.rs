@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::request::{Op, Plan};
 use crate::agent::{ForeignMemory, MappedMemory, RemoteMemory, RemoteRegion};
+use crate::cuda::DeviceWork;
 use crate::error::PostError;
 use crate::memory::{Batch, Region, Stores, copy_piece, copy_row, publish};
 use crate::plan::{BlockSet, Order, Row, TensorPair, for_each_segment, part_range, stripes};
@@ -26,6 +27,8 @@ pub(crate) enum Path {
     Copy { part_bytes: u64 },
     /// Through the streams of the connection.
     Stream { stripes: Vec<Stripe> },
+    /// By a device.
+    Device(Arc<DeviceWork>),
     /// From or to a file.
     File(Arc<FileWork>),
     /// From or to objects.
@@ -78,6 +81,15 @@ pub(crate) struct Work {
 }
 
 impl Work {
+    /// The launches of an operation that a device does.
+    pub(crate) fn device(&self) -> Option<&DeviceWork> {
+        if let Path::Device(work) = &self.path {
+            Some(work)
+        } else {
+            None
+        }
+    }
+
     /// The requests of an operation on a file.
     pub(crate) fn file(&self) -> Option<&FileWork> {
         if let Path::File(work) = &self.path {
@@ -157,7 +169,10 @@ impl Work {
                 match &set.remote_region.memory {
                     RemoteMemory::Mapped(at) => set.copy_mapped(at, self.op, within, stores),
                     RemoteMemory::Foreign(at) => set.copy_foreign(at, self.op, within)?,
-                    RemoteMemory::Streamed(_) | RemoteMemory::Stored => {}
+                    RemoteMemory::Device(_)
+                    | RemoteMemory::Streamed(_)
+                    | RemoteMemory::Stored
+                    | RemoteMemory::Unreachable(_) => {}
                 }
             }
         } else {
@@ -166,7 +181,10 @@ impl Work {
                 match &copy.remote_region.memory {
                     RemoteMemory::Mapped(at) => copy.copy_mapped(at, self.op, within, stores),
                     RemoteMemory::Foreign(at) => copy.copy_foreign(at, self.op, within)?,
-                    RemoteMemory::Streamed(_) | RemoteMemory::Stored => {}
+                    RemoteMemory::Device(_)
+                    | RemoteMemory::Streamed(_)
+                    | RemoteMemory::Stored
+                    | RemoteMemory::Unreachable(_) => {}
                 }
             }
         }
@@ -176,6 +194,11 @@ impl Work {
 }
 
 impl TensorCopy {
+    /// The regions of both sides.
+    pub(crate) fn ends(&self) -> (&Region, &RemoteRegion) {
+        (&self.local_region, &self.remote_region)
+    }
+
     fn copy_mapped(&self, remote: &MappedMemory, op: Op, within: Range<u64>, stores: Stores) {
         let (from, to) = match op {
             Op::Write => (self.local_region.base(), remote.base()),
@@ -267,6 +290,11 @@ impl<'a> KernelCopy<'a> {
 }
 
 impl SetPair {
+    /// The regions of both sides.
+    pub(crate) fn ends(&self) -> (&Region, &RemoteRegion) {
+        (&self.local_region, &self.remote_region)
+    }
+
     fn copy_mapped(&self, remote: &MappedMemory, op: Op, within: Range<u64>, stores: Stores) {
         let local = self.local_region.base();
         let remote = remote.base();

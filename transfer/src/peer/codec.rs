@@ -64,7 +64,7 @@ impl<'a> Reader<'a> {
         Ok(taken)
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], Short> {
+    pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], Short> {
         let mut out = [0; N];
         out.copy_from_slice(self.take(N)?);
         Ok(out)

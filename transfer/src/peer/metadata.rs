@@ -11,12 +11,17 @@ use crate::error::MetadataError;
 use crate::memory::{Region, RegionId, RegionKind};
 
 const MAGIC: &[u8; 4] = b"BPMD";
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 const HEADER_BYTES: usize = 16;
 /// Larger blobs are refused before anything else is looked at.
 pub(crate) const METADATA_BYTES_MAX: usize = 16 << 20;
 /// Smallest encoding of one region: id, length, access, kind, empty label.
 const REGION_BYTES_MIN: usize = 20;
+
+/// Kinds of memory of a region.
+const HOST: u8 = 0;
+const ARENA: u8 = 1;
+const DEVICE: u8 = 2;
 
 /// What a peer needs to connect. Opaque on the wire ([`Metadata::to_bytes`]); carry it with any
 /// discovery or message system.
@@ -68,6 +73,9 @@ pub struct RegionInfo {
     pub access: RemoteAccess,
     /// Whether peers on the host can map it.
     pub mappable: bool,
+    /// The GPU whose memory it is, by the identity that the driver gives it on every host and in every
+    /// process; none for host memory.
+    pub device: Option<[u8; 16]>,
     /// Name in logs.
     pub label: String,
 }
@@ -79,6 +87,7 @@ impl RegionInfo {
             len: region.len as u64,
             access: region.access,
             mappable: matches!(region.kind(), RegionKind::Arena { .. }),
+            device: region.device().map(|range| range.device.info.uuid),
             label: region.label.as_ref().to_owned(),
         }
     }
@@ -246,7 +255,14 @@ impl Metadata {
             payload.u64(region.id.0);
             payload.u64(region.len);
             payload.u8(access_code(region.access));
-            payload.u8(u8::from(region.mappable));
+            payload.u8(match (region.mappable, &region.device) {
+                (_, Some(_)) => DEVICE,
+                (true, None) => ARENA,
+                (false, None) => HOST,
+            });
+            payload
+                .bytes
+                .extend_from_slice(region.device.as_ref().map_or(&[], |uuid| &uuid[..]));
             payload.text(&region.label);
         }
         let payload = payload.bytes;
@@ -333,11 +349,20 @@ impl Metadata {
         }
         let mut regions = Vec::with_capacity(count);
         for _ in 0..count {
+            let (id, len) = (RegionId(reader.u64()?), reader.u64()?);
+            let access = access_from(reader.u8()?).ok_or_else(|| invalid("access"))?;
+            let memory = reader.u8()?;
+            let device = match memory {
+                HOST | ARENA => None,
+                DEVICE => Some(reader.array()?),
+                _ => return Err(invalid("kind of memory")),
+            };
             regions.push(RegionInfo {
-                id: RegionId(reader.u64()?),
-                len: reader.u64()?,
-                access: access_from(reader.u8()?).ok_or_else(|| invalid("access"))?,
-                mappable: reader.u8()? != 0,
+                id,
+                len,
+                access,
+                mappable: memory == ARENA,
+                device,
                 label: reader.text()?.ok_or_else(|| invalid("label"))?.to_owned(),
             });
         }
@@ -404,6 +429,7 @@ mod tests {
                 len: 1 << 30,
                 access: RemoteAccess::WindowOnly,
                 mappable: true,
+                device: None,
                 label: "kv".into(),
             }],
         )
@@ -411,7 +437,13 @@ mod tests {
 
     #[test]
     fn survives_the_wire() {
-        let metadata = sample();
+        let mut metadata = sample();
+        assert_eq!(
+            Metadata::from_bytes(&metadata.to_bytes()),
+            Ok(metadata.clone())
+        );
+        metadata.regions[0].mappable = false;
+        metadata.regions[0].device = Some([9; 16]);
         assert_eq!(Metadata::from_bytes(&metadata.to_bytes()), Ok(metadata));
     }
 

@@ -18,5 +18,5 @@ pub(crate) use ids::joins_in;
 pub(crate) use set::{BlockSet, IDS_MAX, Order};
 pub(crate) use split::{part_range, parts_of, stripes};
 pub(crate) use table::Table;
-pub(crate) use tensor::{Row, TensorPair, TensorSet};
+pub(crate) use tensor::{FROM, Row, TO, TensorPair, TensorSet};
 pub(crate) use walk::{Segments, for_each_segment, segment_count};

@@ -67,6 +67,18 @@ impl BlockSet {
         }
     }
 
+    /// The bytes of the region from the first to the last that the set touches.
+    pub(crate) fn touched(&self) -> Range<u64> {
+        let layout = &self.layout;
+        let at = |id: Option<u32>, layer: u32| {
+            layout.offset
+                + u64::from(id.unwrap_or(0)) * layout.block_stride
+                + u64::from(layer) * layout.layer_stride
+        };
+        let start = at(self.ids.iter().min(), self.layers.start);
+        start..at(self.ids.max(), self.layers.end.saturating_sub(1)) + layout.run_bytes
+    }
+
     pub(crate) fn layer_count(&self) -> u64 {
         u64::from(self.layers.end.saturating_sub(self.layers.start))
     }

@@ -272,6 +272,7 @@ const fn index_of(outcome: &Result<(), TransferError>) -> usize {
         Err(
             TransferError::Storage(_)
             | TransferError::Inaccessible { .. }
+            | TransferError::Device(_)
             | TransferError::Injected
             | TransferError::StillInFlight { .. },
         ) => 6,

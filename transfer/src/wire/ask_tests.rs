@@ -96,7 +96,7 @@ fn answers_are_checked_and_bounded() {
             frame(&later),
             MetadataError::Version {
                 got: 99,
-                accepted: 2,
+                accepted: 3,
             },
         ),
     ] {

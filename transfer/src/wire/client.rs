@@ -18,10 +18,12 @@ use super::reactor::{Event, Flow, Placement, Reactors, Source};
 use super::socket::Socket;
 use super::watch::{ProcessWatch, Pulse};
 use crate::agent::{
-    CopyPool, Core, ForeignMemory, MappedMemory, RemoteMemory, RemoteRegion, Session, Timers,
+    Core, DeviceOfPeer, ForeignMemory, MappedMemory, PeerDeviceMemory, RemoteMemory, RemoteRegion,
+    Session, Timers,
 };
 use crate::backend::{Backend, Refusal};
 use crate::config::RemoteAccess;
+use crate::cuda::{CudaDevice, Imported, device_with};
 use crate::error::{LossCause, Rejection, TransferError};
 use crate::memory::{PeerProcess, RegionId, map_arena};
 use crate::op::{Op, Path, Stripe, TransferState, Work};
@@ -53,7 +55,6 @@ pub(crate) struct WireClient {
     control: ControlTx,
     reactors: Arc<Reactors>,
     timers: Arc<Timers>,
-    copies: Arc<CopyPool>,
     session: OnceLock<Weak<Session>>,
     control_at: Placement,
     process_at: Placement,
@@ -126,7 +127,6 @@ impl WireClient {
             control: ControlTx::new(control.clone()),
             reactors: reactors.clone(),
             timers: core.timers.clone(),
-            copies: core.copies.clone(),
             session: OnceLock::new(),
             control_at: reactors.place_control(),
             process_at: reactors.place_control(),
@@ -465,10 +465,69 @@ impl WireClient {
         })
     }
 
+    /// Memory of a device: mapped for ours, if the peer shares it and we see that device.
+    fn device_memory(
+        &self,
+        id: RegionId,
+        answer: &RegionAnswer,
+        file: Option<&OwnedFd>,
+    ) -> RemoteMemory {
+        let client = self.me.clone();
+        let quiet = move || {
+            if let Some(client) = client.upgrade() {
+                client
+                    .control
+                    .header(Header::new(Kind::RegionQuiet, id.0, 0));
+            }
+        };
+        let handle = answer.device.and_then(|device| device.handle);
+        match map_device(answer, file) {
+            Ok((owner, pull, imported)) => RemoteMemory::Device(DeviceOfPeer {
+                owner,
+                pull,
+                memory: PeerDeviceMemory::Imported(imported),
+                usage: handle.map(|_| Usage::new(Box::new(quiet))),
+            }),
+            Err(why) => {
+                if handle.is_some() {
+                    quiet();
+                }
+                RemoteMemory::Unreachable(why.into())
+            }
+        }
+    }
+
     fn window_quiet(&self, window: WindowId) {
         self.control
             .header(Header::new(Kind::WindowQuiet, window.0, 0));
     }
+}
+
+/// Maps device memory of the peer, or says why it cannot be.
+fn map_device(
+    answer: &RegionAnswer,
+    file: Option<&OwnedFd>,
+) -> Result<(&'static CudaDevice, bool, Imported), String> {
+    let Some(device) = answer.device else {
+        return Err("it is not device memory".to_owned());
+    };
+    let owner = device_with(&device.uuid).map_err(|error| error.to_string())?;
+    let owner = owner.ok_or_else(|| {
+        let uuid = device.uuid.map(|byte| format!("{byte:02x}")).concat();
+        format!("it lies on GPU {uuid}, which this process does not see (CUDA_VISIBLE_DEVICES)")
+    })?;
+    let imported = match (file, device.handle) {
+        (Some(file), _) => {
+            Imported::mapped(owner, file, answer.len).map_err(|error| error.to_string())?
+        }
+        (None, Some(share)) => Imported::handle(share),
+        (None, None) => {
+            return Err(
+                "it is device memory, and the peer does not share it over this lane".to_owned(),
+            );
+        }
+    };
+    Ok((owner, device.pull, imported))
 }
 
 /// Stops a transfer that the target has answered with an error.
@@ -526,6 +585,7 @@ impl Backend for WireClient {
             return Err(Refusal::Denied);
         }
         let memory = match file {
+            _ if answer.device.is_some() => self.device_memory(id, &answer, file.as_ref()),
             None if answer.address != 0 => self.foreign(id, answer.address),
             None => RemoteMemory::Streamed(self.unmapped.into()),
             Some(file) => match map_arena(&file, answer.len) {
@@ -554,7 +614,7 @@ impl Backend for WireClient {
     fn start(&self, transfer: &Arc<TransferState>) {
         let Some(work) = &transfer.work else { return };
         let Path::Stream { stripes } = &work.path else {
-            self.copies.submit(transfer);
+            transfer.start_here();
             return;
         };
         self.may_ride(transfer, work, stripes);
@@ -580,6 +640,8 @@ impl Backend for WireClient {
                 self.reactors
                     .data(at, DataCommand::Stop { id: transfer.id });
             }
+        } else {
+            transfer.stop_here();
         }
     }
 

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::config::RemoteAccess;
+use crate::cuda::ShareHandle;
 use crate::error::{Rejection, TransferError};
 use crate::memory::RegionId;
 use crate::peer::{Reader, Short, Writer, access_code, access_from};
@@ -394,6 +395,19 @@ pub(crate) struct RegionAnswer {
     /// Address of the first byte in the target's process, for an initiator that may copy there
     /// through the kernel; 0 for none.
     pub(crate) address: u64,
+    /// What it takes to map device memory; the file is that of the memory then, if there is one.
+    pub(crate) device: Option<DeviceAnswer>,
+}
+
+/// How to map device memory of the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DeviceAnswer {
+    /// The device that it lies on.
+    pub(crate) uuid: [u8; 16],
+    /// The initiator may run copies on that device.
+    pub(crate) pull: bool,
+    /// The driver's handle for it; none if a file comes instead, or if the target cannot share it.
+    pub(crate) handle: Option<ShareHandle>,
 }
 
 impl RegionAnswer {
@@ -403,6 +417,17 @@ impl RegionAnswer {
         out.u8(access_code(self.access));
         out.u8(u8::from(self.file));
         out.u64(self.address);
+        let Some(device) = &self.device else {
+            out.u8(0);
+            return out.bytes;
+        };
+        out.u8(if device.handle.is_some() { 2 } else { 1 });
+        out.bytes.extend_from_slice(&device.uuid);
+        out.u8(u8::from(device.pull));
+        if let Some(share) = &device.handle {
+            out.bytes.extend_from_slice(&share.handle);
+            out.u64(share.offset);
+        }
         out.bytes
     }
 
@@ -413,11 +438,27 @@ impl RegionAnswer {
             let access = access_from(reader.u8()?);
             let file = reader.u8()? != 0;
             let address = reader.u64()?;
-            Ok(access.map(|access| Self {
+            let kind = reader.u8()?;
+            let device = match kind {
+                1 | 2 => Some(DeviceAnswer {
+                    uuid: reader.array()?,
+                    pull: reader.u8()? != 0,
+                    handle: match kind {
+                        2 => Some(ShareHandle {
+                            handle: reader.array()?,
+                            offset: reader.u64()?,
+                        }),
+                        _ => None,
+                    },
+                }),
+                _ => None,
+            };
+            Ok(access.filter(|_| kind <= 2).map(|access| Self {
                 len,
                 access,
                 file,
                 address,
+                device,
             }))
         };
         read().ok().flatten().filter(|_| reader.remaining() == 0)

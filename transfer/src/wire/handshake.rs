@@ -9,7 +9,7 @@ use crate::peer::{Reader, Short, Writer};
 
 /// First bytes of a HELLO body.
 const MAGIC: &[u8; 4] = b"BPWR";
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 /// Largest body of HELLO and WELCOME.
 pub(crate) const HELLO_BYTES_MAX: usize = 1024;
 

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
@@ -11,13 +11,14 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use super::control::{ControlRx, ControlTx, Frame, Violation};
-use super::frame::{Code, Header, Kind, RegionAnswer, StripeSpec, encode_grant};
+use super::frame::{Code, DeviceAnswer, Header, Kind, RegionAnswer, StripeSpec, encode_grant};
 use super::handshake::Hello;
 use super::reactor::{Event, Flow, Placement, Reactors, Source};
 use super::socket::Socket;
 use super::watch::Pulse;
 use crate::agent::{Core, next_session_key};
 use crate::config::RemoteAccess;
+use crate::cuda::{DeviceRange, Share};
 use crate::error::LossCause;
 use crate::memory::{Region, RegionId};
 use crate::op::Notification;
@@ -266,6 +267,10 @@ impl Incoming {
             Some(id) => Some(self.core.window(id).ok_or(Code::WindowClosed)?),
             None => None,
         };
+        if region.device().is_some() {
+            // No socket thread touches device memory.
+            return Err(Code::AccessDenied);
+        }
         let allowed = match region.access {
             RemoteAccess::Open => true,
             RemoteAccess::WindowOnly => window.is_some(),
@@ -382,9 +387,13 @@ impl Incoming {
             self.control.header(header.code(code));
             return;
         };
-        let file = region.file().filter(|_| self.maps).cloned();
-        let by_kernel = self.maps && file.is_none();
-        if by_kernel {
+        let mut file = region.file().filter(|_| self.maps).cloned();
+        let device = region
+            .device()
+            .map(|range| self.share_device(&region, range, &mut file));
+        let by_kernel = self.maps && file.is_none() && device.is_none();
+        let by_handle = device.is_some_and(|device| device.handle.is_some());
+        if by_kernel || by_handle {
             // The memory stays until the initiator says that it does not copy there any more.
             self.state.lock().held.insert(id, region.clone());
         }
@@ -393,8 +402,34 @@ impl Incoming {
             access: region.access,
             file: file.is_some(),
             address: if by_kernel { region.address() } else { 0 },
+            device,
         };
         self.control.send(header.with_body(&answer.encode()), file);
+    }
+
+    /// What an initiator on this host needs to map device memory.
+    fn share_device(
+        &self,
+        region: &Region,
+        range: &DeviceRange,
+        file: &mut Option<Arc<OwnedFd>>,
+    ) -> DeviceAnswer {
+        let mut answer = DeviceAnswer {
+            uuid: range.device.info.uuid,
+            pull: self.core.config.cuda.peers_pull,
+            handle: None,
+        };
+        if self.maps {
+            match range.share() {
+                Ok(Share::File(descriptor)) => *file = Some(Arc::new(descriptor)),
+                Ok(Share::Handle(handle)) => answer.handle = Some(handle),
+                Err(error) => {
+                    let id = region.id;
+                    tracing::warn!(region = %id, %error, "device memory is not shared with a peer");
+                }
+            }
+        }
+        answer
     }
 
     fn tell_window(&self, id: WindowId, number: u32) {

@@ -12,13 +12,6 @@ mod nvrtc;
 #[cfg(test)]
 mod walk_tests;
 
-#[cfg_attr(
-    not(test),
-    expect(
-        dead_code,
-        reason = "the host side that launches the kernels is not in yet"
-    )
-)]
 pub(crate) mod abi;
 
 use std::collections::BTreeMap;

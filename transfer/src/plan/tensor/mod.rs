@@ -18,6 +18,6 @@ pub use layout::KvBlockLayout;
 pub use order::{Axis, KvAxis, KvOrder, KvShape};
 pub use slice::KvSlice;
 
-pub(crate) use pair::TensorPair;
+pub(crate) use pair::{FROM, TO, TensorPair};
 pub(crate) use set::TensorSet;
 pub(crate) use walk::Row;

@@ -1,5 +1,7 @@
 //! Both sides of a transforming copy.
 
+use std::ops::Range;
+
 use super::nest::{Loop, every_turn, simplify, turns};
 use super::set::TensorSet;
 use crate::plan::{BlockIds, BlockLayout, BlockSet};
@@ -75,6 +77,19 @@ impl TensorPair {
             outer,
             run_bytes,
         }
+    }
+
+    /// The bytes of the source's region ([`FROM`]) or the destination's ([`TO`]) from the first to
+    /// the last that the copy touches.
+    pub(crate) fn touched(&self, end: usize) -> Range<u64> {
+        let side = if end == FROM { &self.from } else { &self.to };
+        let at = |id: Option<u32>| side.base + u64::from(id.unwrap_or(0)) * side.block_stride;
+        let steps = self
+            .axes
+            .iter()
+            .map(|axis| (axis.count - 1) * axis.strides[end]);
+        let last = at(side.ids.max()) + steps.sum::<u64>() + self.run_bytes;
+        at(side.ids.iter().min())..last
     }
 
     pub(crate) fn blocks(&self) -> u64 {
