@@ -101,11 +101,13 @@ class Gpu:
                 continue
             self.call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
             functions[name] = function
-        if "bp_copy_bulk" in functions:
+        for function in functions.values():
             # All that the static part leaves: attributes SHARED_SIZE_BYTES, MAX_DYNAMIC_SHARED_SIZE_BYTES.
             static = ctypes.c_int()
-            self.call("cuFuncGetAttribute", ctypes.byref(static), 1, functions["bp_copy_bulk"])
-            self.call("cuFuncSetAttribute", functions["bp_copy_bulk"], 8, (227 << 10) - static.value)
+            self.call("cuFuncGetAttribute", ctypes.byref(static), 1, function)
+            self.call("cuFuncSetAttribute", function, 8, (227 << 10) - static.value)
+        # Bytes of shared memory per thread that the kernels without bulk copies take.
+        functions["slots"] = 16 * sum(int(o.split("=")[1]) for o in options if "BP_ASYNC_DEPTH" in o)
         return functions
 
     def alloc(self, where, size):
@@ -337,12 +339,13 @@ def check_copies(gpu, functions, threads=lambda lanes: lanes, stages=1, per_warp
             run = copy_case(gpu, rng, where, unit, shapes)
             if "bp_copy_lanes" in kernels:
                 f = functions["bp_copy_lanes"]
-                for chunk, grid, block in ((4096, 16, 512), (16384, 1, 32), (1024, 132, 256)):
-                    run(slot, f, chunk, grid, block, 0)
+                for chunk, grid, block in ((4096, 16, 384), (16384, 1, 32), (1024, 132, 256)):
+                    run(slot, f, chunk, grid, block, block * functions["slots"])
                     cases += 1
-                run(slot, f, 4096, 7, 512, 0, launches=3)
-                run(slot, f, 4096, 7, 512, 0, guarded=1)
-                run(slot, f, 4096, 7, 512, 0, guarded=1, abort=True)
+                shared = 384 * functions["slots"]
+                run(slot, f, 4096, 7, 384, shared, launches=3)
+                run(slot, f, 4096, 7, 384, shared, guarded=1)
+                run(slot, f, 4096, 7, 384, shared, guarded=1, abort=True)
                 cases += 3
             if "bp_copy_bulk" in kernels and unit == 16:
                 f = functions["bp_copy_bulk"]
@@ -421,9 +424,9 @@ PERMUTES = [
 ]
 
 
-def check_permutes(gpu, functions):
+def check_permutes(gpu, functions, few=False):
     slot, cases = Slot(gpu), 0
-    for where in places(gpu):
+    for where in places(gpu)[-1:] if few else places(gpu):
         for blocks, sizes, src_order, dst_order, run in PERMUTES:
             rng, table = np.random.default_rng(run + blocks), []
             shape = permute_shape(rng, blocks, sizes, src_order, dst_order, run, table)
@@ -443,14 +446,14 @@ def check_permutes(gpu, functions):
             gpu.put(ids_at, np.array(table, U32))
             widest = run & -run if run & -run < 16 else 16
             for vector in sorted({widest, 1, min(widest, 2), min(widest, 4), min(widest, 8)}, reverse=True):
-                for grid, block, launches, guard in ((16, 512, 1, 0), (3, 64, 1, 0), (5, 96, 3, 0), (4, 512, 1, 1), (4, 512, 1, 2)):
+                for grid, block, launches, guard in ((16, 384, 1, 0), (3, 64, 1, 0), (5, 96, 3, 0), (4, 384, 1, 1), (4, 384, 1, 2)):
                     gpu.put(dst_at, canary)
                     bounds = np.linspace(0, shape["units"], launches + 1).astype(int)
                     for units in zip(bounds, bounds[1:]):
                         parameter = permute_parameter(shape, ids_at, src_at, dst_at, units, vector)
                         slot.words[32:34] = guard == 2, 0
                         parameter["done"] = slot.next(int(guard > 0))
-                        gpu.launch(functions["bp_permute"], grid, block, 0, parameter)
+                        gpu.launch(functions["bp_permute"], grid, block, block * functions["slots"], parameter)
                         slot.wait(slot.ticket | (CALLED_OFF if guard == 2 else 0))
                     found = gpu.host_view(dst_at, size, np.uint8).copy() if where[1] == "host" else gpu.get(dst_at, size)
                     name = f"permute {where[0]}->{where[1]} {sizes} {src_order}->{dst_order} run {run} vector {vector} grid {grid}x{block}"
@@ -598,6 +601,17 @@ def time_variants(gpu, times):
                     times.copies(f"{label} lanes {name} {block // 1024} KiB", where, functions["bp_copy_lanes"], block, 4096, threads, 0, few)
                 if order == 3:
                     time_permute(gpu, functions, times, f"{label} permute {name}", where, threads, few)
+    head("lanes: fetched into shared memory", few)
+    for threads, depth in ((512, 16), (768, 16), (768, 8), (1024, 8), (1024, 12), (384, 32), (384, 16)):
+        functions = gpu.compile(f"-DBP_THREADS={threads}", f"-DBP_ASYNC_DEPTH={depth}")
+        if threads == 384:
+            check_copies(gpu, functions, kernels=("bp_copy_lanes",), few=True)
+            check_permutes(gpu, functions, few=True)
+        label = f"async {threads} x {depth}"
+        for name, where in ways:
+            for block in both:
+                times.copies(f"{label} lanes {name} {block // 1024} KiB", where, functions["bp_copy_lanes"], block, min(block, 512 * depth), threads, threads * functions["slots"], few)
+            time_permute(gpu, functions, times, f"{label} permute {name}", where, threads, few)
     functions = gpu.compile("-DBP_LANES_ORDER=1")
     for name, where in ways:
         for chunk in (1024, 2048, 8192, 16384, 32768):
@@ -615,7 +629,7 @@ def time_permute(gpu, functions, times, label, where, threads, grids, src_order=
     gpu.put(ids_at, np.array(table, U32))
     parameter = permute_parameter(shape, ids_at, times.at(where[0], "src"), times.at(where[1], "dst"), (0, shape["units"]), 16)
     parameter["done"] = times.slot.next()
-    times.row(label, lambda grid: gpu.launch(functions["bp_permute"], grid, threads, 0, parameter), blocks * block, grids)
+    times.row(label, lambda grid: gpu.launch(functions["bp_permute"], grid, threads, threads * functions["slots"], parameter), blocks * block, grids)
 
 
 def time_permutes(gpu, functions, times):

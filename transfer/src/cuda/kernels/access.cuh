@@ -7,6 +7,9 @@
 #ifndef BP_THREADS
 #define BP_THREADS 512
 #endif
+#ifndef BP_ASYNC_DEPTH
+#define BP_ASYNC_DEPTH 0
+#endif
 #ifndef BP_IN_FLIGHT
 #define BP_IN_FLIGHT 8
 #endif
@@ -46,6 +49,25 @@ template <> __device__ __forceinline__ u8 bp_load(u64 at) {
     asm volatile("ld.global.nc.L1::no_allocate.u8 %0, [%1];" : "=r"(v) : "l"(at));
     return (u8)v;
 }
+
+#if BP_ASYNC_DEPTH
+extern __shared__ __align__(128) u8 bp_slots[];
+// The lane's slots of shared memory: BP_ASYNC_DEPTH of 16 bytes, 512 apart.
+static __device__ __forceinline__ u32 bp_my_slots() {
+    return (u32)__cvta_generic_to_shared(bp_slots) + threadIdx.x / 32 * BP_ASYNC_DEPTH * 512 + threadIdx.x % 32 * 16;
+}
+static __device__ __forceinline__ void bp_fetch(u32 slot, u64 at) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(slot), "l"(at) : "memory");
+}
+static __device__ __forceinline__ void bp_fetched() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+static __device__ __forceinline__ Bytes16 bp_take(u32 slot) {
+    Bytes16 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.a), "=r"(v.b), "=r"(v.c), "=r"(v.d) : "r"(slot) : "memory");
+    return v;
+}
+#endif
 
 static __device__ __forceinline__ void bp_store(u64 at, Bytes16 v) {
     asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.a), "r"(v.b), "r"(v.c), "r"(v.d)

@@ -41,6 +41,21 @@ template <typename V> static __device__ __forceinline__ void bp_warp_vectors(u64
         if (mine + k * step < bytes) bp_store(to + k * step, held[k]);
 }
 
+#if BP_ASYNC_DEPTH
+template <> __device__ __forceinline__ void bp_warp_vectors<Bytes16>(u64 src, u64 dst, u32 bytes, u32 lane) {
+    u32 slots = bp_my_slots();
+    for (u32 base = lane * 16; base < bytes; base += BP_ASYNC_DEPTH * 512) {
+        BP_UNROLL
+        for (u32 k = 0; k < BP_ASYNC_DEPTH; k++)
+            if (base + k * 512 < bytes) bp_fetch(slots + k * 512, src + base + k * 512);
+        bp_fetched();
+        BP_UNROLL
+        for (u32 k = 0; k < BP_ASYNC_DEPTH; k++)
+            if (base + k * 512 < bytes) bp_store(dst + base + k * 512, bp_take(slots + k * 512));
+    }
+}
+#endif
+
 // The warp copies any bytes between addresses that are equal modulo sizeof(V): bytes up to the first
 // vector and after the last.
 template <typename V> static __device__ __forceinline__ void bp_warp_copy(u64 src, u64 dst, u32 bytes, u32 lane) {
@@ -130,7 +145,7 @@ static __device__ __forceinline__ void bp_bulk_store(u32 stage, const BpSpan &sp
 // and the address arithmetic of one lane hides behind the copies of the others. Dynamic shared memory is
 // chunk_bytes for each stage.
 extern "C" __global__ void __launch_bounds__(512) bp_copy_bulk(const __grid_constant__ BpCopy p) {
-    extern __shared__ __align__(128) u8 stages[];
+    extern __shared__ __align__(128) u8 bp_slots[];
     __shared__ __align__(8) u64 barriers[BP_BULK_LANES_MAX * BP_BULK_STAGES];
     bool go = bp_begin(p.done);
 #if BP_LANES_PER_WARP < 32
@@ -144,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(512) bp_copy_bulk(const __grid_cons
     BpShare share = bp_share(BP_BULK_ORDER, p.chunk_begin, p.chunk_end, blockIdx.x, gridDim.x, me, lanes);
     u64 chunk = share.first;
     if (go && copies && chunk < share.end) {
-        u32 stage = (u32)__cvta_generic_to_shared(stages) + me * BP_BULK_STAGES * p.chunk_bytes;
+        u32 stage = (u32)__cvta_generic_to_shared(bp_slots) + me * BP_BULK_STAGES * p.chunk_bytes;
         u32 barrier = (u32)__cvta_generic_to_shared(barriers + me * BP_BULK_STAGES);
         BP_UNROLL
         for (u32 k = 0; k < BP_BULK_STAGES; k++)

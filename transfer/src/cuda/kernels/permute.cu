@@ -22,6 +22,28 @@ template <typename V> static __device__ __forceinline__ void bp_permute_vectors(
             u32 offset = pass + lane % width * sizeof(V);
             // Lanes without a vector take part in the exchange of addresses all the same.
             bool idle = group >= groups || offset >= p.run_bytes;
+#if BP_ASYNC_DEPTH
+            if (sizeof(V) == 16) {
+                u32 slots = bp_my_slots();
+#pragma unroll 1
+                for (u32 low = 0; low < count; low += BP_ASYNC_DEPTH * groups) {
+                    BP_UNROLL
+                    for (u32 k = 0; k < BP_ASYNC_DEPTH; k++) {
+                        u32 run = low + k * groups + group;
+                        u64 src = __shfl_sync(0xffffffff, at.src, run);
+                        if (!idle && run < count) bp_fetch(slots + k * 512, src + offset);
+                    }
+                    bp_fetched();
+                    BP_UNROLL
+                    for (u32 k = 0; k < BP_ASYNC_DEPTH; k++) {
+                        u32 run = low + k * groups + group;
+                        u64 dst = __shfl_sync(0xffffffff, at.dst, run);
+                        if (!idle && run < count) bp_store(dst + offset, bp_take(slots + k * 512));
+                    }
+                }
+                continue;
+            }
+#endif
 #pragma unroll 1
             for (u32 low = 0; low < count; low += BP_IN_FLIGHT * groups) {
                 V held[BP_IN_FLIGHT];
