@@ -4,8 +4,7 @@ use std::{fmt, ptr::NonNull, sync::Arc};
 
 use blockplane_protocol::{BlockId, KvLayout, LayerIndex, LayoutError};
 use blockplane_transfer::{
-    Agent, ArenaConfig, Axis, BlockLayout, HugePages, KvBlockLayout, RegisterError, Registration,
-    RemoteAccess,
+    Agent, ArenaConfig, Axis, BlockLayout, KvBlockLayout, RegisterError, Registration, RemoteAccess,
 };
 use thiserror::Error;
 
@@ -62,12 +61,7 @@ impl KvArena {
             })?;
         let bytes = layout.pool_bytes(blocks);
         let registration = agent
-            .allocate(ArenaConfig {
-                bytes,
-                label: label.to_owned(),
-                huge_pages: HugePages::default(),
-                access: RemoteAccess::WindowOnly,
-            })
+            .allocate(ArenaConfig::new(bytes, label).with_access(RemoteAccess::WindowOnly))
             .map_err(|source| ArenaError::Memory {
                 label: label.to_owned(),
                 bytes,
