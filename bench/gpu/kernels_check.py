@@ -349,7 +349,7 @@ def check_copies(gpu, functions, threads=lambda lanes: lanes, stages=1, per_warp
                 cases += 3
             if "bp_copy_bulk" in kernels and unit == 16:
                 f = functions["bp_copy_bulk"]
-                for chunk, grid, lanes in ((4096, 16, 48), (16384, 1, 12), (1024, 132, 120), (4096, 3, 1), (8192, 8, 24)):
+                for chunk, grid, lanes in ((4096, 16, 48), (16384, 1, 12), (1024, 132, 200), (4096, 3, 1), (8192, 8, 24)):
                     lanes = max(1, lanes // stages)
                     if per_warp < 32:
                         lanes = -(-lanes // per_warp) * per_warp

@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(BP_THREADS) bp_copy_lanes(const __g
 
 #if __CUDA_ARCH__ >= 900
 
-#define BP_BULK_LANES_MAX 128
+#define BP_BULK_LANES_MAX 256
 #ifndef BP_BULK_STAGES
 #define BP_BULK_STAGES 1 // stages a lane
 #endif
