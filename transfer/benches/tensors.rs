@@ -2,7 +2,8 @@
 //!
 //! Blocks of a model with 36 layers and 8 heads of 128 elements of 2 bytes, 16 tokens each, between
 //! two agents of this process over the shm lane (each has its own mapping) and over tcp. Ids are
-//! scattered on both sides. The limit is `memcpy` of as many bytes by one thread.
+//! scattered on both sides. The limit is `memcpy` of as many bytes by one thread. An argument chooses
+//! the cases whose name contains it: `-- tcp`.
 
 #![expect(
     clippy::print_stdout,
@@ -30,6 +31,7 @@ const SHAPE: KvShape = KvShape {
 const ROUNDS: usize = 7;
 
 fn main() {
+    let only = std::env::args().skip(1).find(|arg| !arg.starts_with("--"));
     let half = KvShape { heads: 4, ..SHAPE };
     let cases = [
         (
@@ -81,6 +83,10 @@ fn main() {
         remote.write_at(0, &vec![1; bytes]).unwrap();
         for (name, here, there, slice) in &cases {
             for op in [Op::Write, Op::Read] {
+                let case = format!("{lane} {op:?} {name}");
+                if only.as_ref().is_some_and(|only| !case.contains(only)) {
+                    continue;
+                }
                 let prepare = || {
                     let local = LocalTensor {
                         registration: &local,
@@ -102,7 +108,7 @@ fn main() {
                 let prepared = prepare();
                 let prepare = begin.elapsed();
                 let rate = rate(&prepared);
-                println!("{lane} {op:?} {name:<53} {rate:>6.2} GB/s, prepared in {prepare:?}");
+                println!("{case:<63} {rate:>6.2} GB/s, prepared in {prepare:?}");
             }
         }
     }

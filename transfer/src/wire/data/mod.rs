@@ -1,8 +1,8 @@
 //! A data connection: payload straight from and into registered memory.
 //!
 //! Both ends run this state machine. Payload comes in DATA frames; a frame belongs to a stripe that
-//! a WRITE or READ announced. Nothing is copied: the pieces of a chunk are computed from block ids
-//! and handed to the kernel.
+//! a WRITE or READ announced. The pieces of a chunk are computed from block ids and handed to the
+//! kernel; only short ones are copied together first, because the kernel is slow with them.
 
 mod receive;
 mod transmit;
@@ -38,6 +38,8 @@ const FILL_BYTES_MAX: u64 = 8 << 20;
 const FRAMES_PER_TURN: usize = 1024;
 /// Answers that may wait for an initiator that does not read them.
 const ANSWERS_MAX: usize = 1 << 18;
+/// Pieces up to this length are copied into one on their way into and out of the kernel.
+const SHORT_BYTES: u64 = 1024;
 const SCRATCH_BYTES: usize = 64 << 10;
 /// Stand-in for bytes that may not be read any more.
 static ZEROS: [u8; SCRATCH_BYTES] = [0; SCRATCH_BYTES];
@@ -433,18 +435,48 @@ fn push_rest(pieces: &mut Pieces, buffer: &mut [u8], done: usize) {
     }
 }
 
-/// Adds the pieces of a logical range, as many as one system call takes.
-fn fill(pieces: &mut Pieces, region: &Region, set: &BlockSet, order: Order, range: Range<u64>) {
-    let range = range.start..range.end.min(range.start.saturating_add(FILL_BYTES_MAX));
-    for (offset, bytes) in Segments::new(set, order, range) {
-        if pieces.full() {
-            break;
+/// Bytes of blocks: the logical range of a set that lies in a region.
+struct Payload<'a> {
+    region: &'a Region,
+    set: &'a BlockSet,
+    order: Order,
+    range: Range<u64>,
+}
+
+impl Payload<'_> {
+    /// Adds its pieces, as many as one system call takes. Short ones are copied if `copy_short`.
+    fn fill(self, pieces: &mut Pieces, copy_short: bool) {
+        let Range { start, end } = self.range;
+        let range = start..end.min(start.saturating_add(FILL_BYTES_MAX));
+        for (offset, bytes) in Segments::new(self.set, self.order, range) {
+            if pieces.full() {
+                break;
+            }
+            // Offsets lie inside the region, whose length is a usize.
+            let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+            // SAFETY: the set was validated against this region: the offset is inside.
+            let base = unsafe { self.region.base().add(offset) };
+            if copy_short && bytes <= SHORT_BYTES {
+                // SAFETY: a piece of that region, which its owner keeps alive during the call; the
+                // crate forms no references into regions.
+                if !unsafe { pieces.push_copy(base, usize::try_from(bytes).unwrap_or(0)) } {
+                    break;
+                }
+            } else {
+                pieces.push(base, usize::try_from(bytes).unwrap_or(usize::MAX));
+            }
         }
-        // Offsets lie inside the region, whose length is a usize.
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        // SAFETY: the set was validated against this region: the offset is inside.
-        let base = unsafe { region.base().add(offset) };
-        pieces.push(base, usize::try_from(bytes).unwrap_or(usize::MAX));
+    }
+
+    /// Whether it begins with short pieces.
+    fn is_short(&self) -> bool {
+        const LOOKED_AT: usize = 4;
+        let range = self.range.clone();
+        let mut pieces = Segments::new(self.set, self.order, range).take(LOOKED_AT);
+        let all = pieces.try_fold(0, |count, (_, bytes)| {
+            (bytes <= SHORT_BYTES).then_some(count + 1)
+        });
+        all == Some(LOOKED_AT)
     }
 }
 

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use super::super::frame::{BODY_BYTES_MAX, Code, HEADER_BYTES, Header, Kind, StripeSpec};
 use super::{
-    AHEAD_BYTES, ANSWERS_MAX, DataStream, FRAMES_PER_TURN, Key, Origin, Out, OutStripe, Placing,
-    Role, RxState, SCRATCH_BYTES, Sink, Small, Turn, fill, place, push_rest,
+    AHEAD_BYTES, ANSWERS_MAX, DataStream, FRAMES_PER_TURN, Key, Origin, Out, OutStripe, Payload,
+    Placing, Role, RxState, SCRATCH_BYTES, Sink, Small, Turn, place, push_rest,
 };
 use crate::error::LossCause;
 use crate::memory::Region;
@@ -143,19 +143,24 @@ impl DataStream {
     fn fetch_payload(&mut self, key: Key, left: u32, discard: bool) -> io::Result<(usize, usize)> {
         let window = self.window_of_placing();
         let open = window.as_ref().map(|window| window.enter());
+        let mut staged = false;
         if discard || !self.may_place(key, matches!(open, Some(None))) {
             self.rx.scratch.resize(SCRATCH_BYTES, 0);
             let count = self.rx.scratch.len().min(left as usize);
             self.pieces.push(self.rx.scratch.as_mut_ptr(), count);
         } else if let Some(blocks) = blocks(&mut self.rx.placing, &mut self.rx.sinks, key) {
-            let range = blocks.range.start..blocks.range.start + u64::from(left);
-            fill(
-                &mut self.pieces,
-                blocks.region,
-                blocks.set,
-                blocks.order,
-                range,
-            );
+            let payload = Payload {
+                region: blocks.region,
+                set: blocks.set,
+                order: blocks.order,
+                range: blocks.range.start..blocks.range.start + u64::from(left),
+            };
+            staged = !self.socket.is_secure() && payload.is_short();
+            if staged {
+                self.pieces.push_room(left as usize);
+            } else {
+                payload.fill(&mut self.pieces, false);
+            }
         }
         if self.pieces.bytes() == left as usize && !self.pieces.full() {
             self.rx.ahead.offer(&mut self.pieces);
@@ -165,9 +170,14 @@ impl DataStream {
         // validated against a region that the stripe or the transfer keeps alive; a window guard is
         // held for them, and region memory has no references.
         let received = unsafe { self.socket.recv(&mut self.pieces) }?;
-        drop(open);
         // What is beyond the payload is the next header.
         let payload = received.min(left as usize);
+        if staged && let Some(blocks) = blocks(&mut self.rx.placing, &mut self.rx.sinks, key) {
+            let range = blocks.range.start..blocks.range.start + payload as u64;
+            let bytes = self.pieces.room(payload);
+            place(blocks.region, blocks.set, blocks.order, range, bytes);
+        }
+        drop(open);
         self.rx.ahead.end += received - payload;
         self.received(payload);
         Ok((received, asked))

@@ -6,7 +6,7 @@ use super::super::frame::{Code, HEADER_BYTES, Header, Kind};
 use super::super::socket::Pieces;
 use super::receive::id_bytes;
 use super::{
-    Chunk, DataStream, Key, Origin, Out, OutStripe, Role, SCRATCH_BYTES, Turn, Tx, ZEROS, fill,
+    Chunk, DataStream, Key, Origin, Out, OutStripe, Payload, Role, SCRATCH_BYTES, Turn, Tx, ZEROS,
     push_rest,
 };
 use crate::error::LossCause;
@@ -35,6 +35,7 @@ impl DataStream {
             let limits = Limits {
                 chunk_bytes: self.chunk_bytes,
                 call_bytes: (bytes_max - bytes) as u64,
+                copy_short: !self.socket.is_secure(),
             };
             let next = self.tx.gather(&mut self.pieces, limits, &mut guard);
             if next == Next::Over {
@@ -195,6 +196,8 @@ struct Limits {
     chunk_bytes: u32,
     /// Payload of one stripe in one system call.
     call_bytes: u64,
+    /// Short pieces are copied together. Encryption copies everything anyway.
+    copy_short: bool,
 }
 
 type Guard<'a> = Option<parking_lot::RwLockReadGuard<'a, bool>>;
@@ -299,13 +302,13 @@ impl OutStripe {
             match &self.origin {
                 Origin::Own { transfer, set } => {
                     if let Some(set) = transfer.work.as_ref().and_then(|work| work.sets.get(*set)) {
-                        fill(
-                            pieces,
-                            &set.local_region,
-                            &set.local,
-                            set.order,
-                            range.clone(),
-                        );
+                        let payload = Payload {
+                            region: &set.local_region,
+                            set: &set.local,
+                            order: set.order,
+                            range: range.clone(),
+                        };
+                        payload.fill(pieces, limits.copy_short);
                     }
                 }
                 Origin::Served(stripe) => {
@@ -320,13 +323,13 @@ impl OutStripe {
                         pieces.push(ZEROS.as_ptr().cast_mut(), count);
                         return Added::Some;
                     }
-                    fill(
-                        pieces,
-                        &stripe.region,
-                        &stripe.set,
-                        stripe.order,
-                        range.clone(),
-                    );
+                    let payload = Payload {
+                        region: &stripe.region,
+                        set: &stripe.set,
+                        order: stripe.order,
+                        range: range.clone(),
+                    };
+                    payload.fill(pieces, limits.copy_short);
                 }
             }
             let whole = pieces.bytes() as u64 - before == range.end - range.start;
