@@ -211,6 +211,13 @@ fn answers(random: &mut Random) -> Vec<u8> {
                 body.extend(REGION_BYTES.to_le_bytes());
                 body.extend([random.below(4) as u8, random.below(2) as u8]);
                 body.extend(random.next().to_le_bytes());
+                let device = random.below(4) as u8;
+                body.push(device);
+                if device > 0 {
+                    // An identity, the permission to pull, and perhaps a handle and its offset.
+                    body.extend([device; 17]);
+                    body.extend([0xa5; 72].iter().take(if device == 2 { 72 } else { 0 }));
+                }
                 REGION
             }
             2 => {

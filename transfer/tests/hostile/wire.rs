@@ -27,7 +27,7 @@ pub(crate) const STALE: u8 = 10;
 
 pub(crate) const HEADER_BYTES: usize = 24;
 /// Of the metadata and of the wire.
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 
 /// A frame with a length that may be a lie.
 pub(crate) fn header(kind: u8, code: u8, len: u32, id: u64, part: u32) -> Vec<u8> {
