@@ -13,7 +13,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -42,6 +42,8 @@ pub(crate) struct Mover {
     config: CudaConfig,
     state: Mutex<State>,
     changed: Condvar,
+    /// Launches and stops so far: what a thread that is awake looks at.
+    posted: AtomicUsize,
 }
 
 #[derive(Default)]
@@ -50,6 +52,8 @@ struct State {
     /// Parts for which there was no slot.
     waiting: VecDeque<(Arc<TransferState>, u32)>,
     running: bool,
+    /// The thread sleeps and has to be called.
+    asleep: bool,
     stopped: bool,
 }
 
@@ -84,6 +88,7 @@ impl Mover {
             config: config.clone(),
             state: Mutex::default(),
             changed: Condvar::new(),
+            posted: AtomicUsize::new(0),
         })
     }
 
@@ -145,7 +150,10 @@ impl Mover {
                 }
             }
         }
-        self.changed.notify_all();
+        self.posted.fetch_add(1, Ordering::Release);
+        if state.asleep {
+            self.changed.notify_one();
+        }
     }
 
     /// `None` when every slot is taken.
@@ -157,7 +165,7 @@ impl Mover {
     ) -> Result<Option<Flight>, CudaError> {
         let device = work.device;
         let options = &transfer.device;
-        let Some(slot) = SlotPool::of(device)?.take(device) else {
+        let Some(slot) = SlotPool::slot(device)? else {
             return Ok(None);
         };
         let lease = Streams::lend(device, self.config.streams, options.after.is_some())?;
@@ -256,29 +264,58 @@ impl Mover {
 
     fn run(self: &Arc<Self>) {
         loop {
-            let mut state = self.state.lock();
-            while state.flights.is_empty() && state.waiting.is_empty() && !state.stopped {
-                self.changed.wait(&mut state);
-            }
+            let posted = self.posted.load(Ordering::Acquire);
+            let state = self.state.lock();
             if state.stopped && state.flights.is_empty() {
                 return;
             }
+            let idle = state.flights.is_empty() && state.waiting.is_empty();
             let flights = state.flights.clone();
             drop(state);
-            let mut over = false;
+            if idle {
+                self.linger(posted);
+                continue;
+            }
+            let mut over = flights.is_empty();
             for flight in &flights {
                 over |= flight.settle();
             }
+            let nap = nap(&flights, self.config.spin);
+            drop(flights);
             if over {
-                drop(flights);
                 self.clear_away();
-            } else if let Some(nap) = nap(&flights, self.config.spin) {
-                // A new launch ends the nap.
-                self.changed.wait_for(&mut self.state.lock(), nap);
-            } else {
-                std::thread::yield_now();
+            }
+            match nap {
+                Some(nap) if !over => self.sleep(posted, Some(nap)),
+                Some(_) | None => std::thread::yield_now(),
             }
         }
+    }
+
+    /// Looks a little while for the next launch, and sleeps until there is one.
+    fn linger(&self, posted: usize) {
+        let until = Instant::now() + self.config.spin;
+        while Instant::now() < until {
+            if self.posted.load(Ordering::Acquire) != posted {
+                return;
+            }
+            std::thread::yield_now();
+        }
+        self.sleep(posted, None);
+    }
+
+    /// Sleeps until something was posted since, or the time is over.
+    fn sleep(&self, posted: usize, most: Option<Duration>) {
+        let mut state = self.state.lock();
+        if self.posted.load(Ordering::Acquire) != posted {
+            return;
+        }
+        state.asleep = true;
+        match most {
+            Some(most) => drop(self.changed.wait_for(&mut state, most)),
+            None => self.changed.wait(&mut state),
+        }
+        state.asleep = false;
     }
 
     /// Forgets launches that are over and gives their slots to parts that wait for one.
@@ -297,11 +334,11 @@ impl Mover {
         let mut state = self.state.lock();
         state.stopped = true;
         let waiting = std::mem::take(&mut state.waiting);
-        drop(state);
+        self.posted.fetch_add(1, Ordering::Release);
+        self.changed.notify_all();
         for (transfer, _) in waiting {
             transfer.part_done();
         }
-        self.changed.notify_all();
     }
 }
 

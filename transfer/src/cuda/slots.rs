@@ -1,8 +1,6 @@
 //! Slots: where the end of a launch shows. A line of pinned host memory that every device reaches,
 //! and two words in the memory of each device.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use parking_lot::Mutex;
@@ -27,8 +25,6 @@ const TICKET: usize = 3;
 pub(super) struct SlotPool {
     lines: *mut u8,
     free: Mutex<Vec<u32>>,
-    /// Addresses of the counters on each device.
-    counters: Mutex<HashMap<u32, u64>>,
 }
 
 // SAFETY: pinned memory that lives until the process ends; its words are used atomically.
@@ -44,8 +40,22 @@ pub(super) struct Slot {
 }
 
 impl SlotPool {
-    /// The pool, and the counters of `device` in it.
-    pub(super) fn of(device: &'static Device) -> Result<&'static Self, CudaError> {
+    /// A slot for a launch on `device`; `None` when every slot is taken.
+    pub(super) fn slot(device: &'static Device) -> Result<Option<Slot>, CudaError> {
+        let &(pool, counters) = match device.slots.get() {
+            Some(known) => known,
+            None => Self::with_counters(device)?,
+        };
+        let index = pool.free.lock().pop();
+        Ok(index.map(|index| Slot {
+            pool,
+            index,
+            counters,
+        }))
+    }
+
+    /// The pool, and the address of the counters of `device`.
+    fn with_counters(device: &'static Device) -> Result<&'static (&'static Self, u64), CudaError> {
         static POOL: Mutex<Option<&'static SlotPool>> = Mutex::new(None);
         let mut known = POOL.lock();
         let pool = match *known {
@@ -55,29 +65,17 @@ impl SlotPool {
                 *known.insert(Box::leak(Box::new(Self {
                     lines,
                     free: Mutex::new((0..SLOTS).rev().collect()),
-                    counters: Mutex::default(),
                 })))
             }
         };
-        let mut counters = pool.counters.lock();
-        if let Entry::Vacant(place) = counters.entry(device.ordinal()) {
-            let bytes = SLOTS as usize * COUNTERS_BYTES;
-            let address = device.allocate(bytes)?;
-            device.clear(address, bytes)?;
-            place.insert(address);
+        // Under the lock: nobody else makes counters for this device.
+        if let Some(made) = device.slots.get() {
+            return Ok(made);
         }
-        Ok(pool)
-    }
-
-    /// A slot for a launch on `device`; `None` when every slot is taken.
-    pub(super) fn take(&'static self, device: &Device) -> Option<Slot> {
-        let counters = *self.counters.lock().get(&device.ordinal())?;
-        let index = self.free.lock().pop()?;
-        Some(Slot {
-            pool: self,
-            index,
-            counters,
-        })
+        let bytes = SLOTS as usize * COUNTERS_BYTES;
+        let counters = device.allocate(bytes)?;
+        device.clear(counters, bytes)?;
+        Ok(device.slots.get_or_init(|| (pool, counters)))
     }
 }
 
