@@ -17,6 +17,12 @@ pub struct CudaConfig {
     /// of the link and takes more from compute kernels that run beside it; the tuning guide has
     /// measured figures. Default 16; at least 1.
     pub sms: u32,
+    /// Multiprocessors that all transfers in flight on one device occupy together. A transfer that is
+    /// posted while there are fewer left gets fewer, but at least `sms_min`; one that names its own budget
+    /// gets that. Default 64.
+    pub sms_total: u32,
+    /// Least multiprocessors of a transfer, as far as it is large enough to use them. Default 4.
+    pub sms_min: u32,
     /// Contiguous pieces of at least this size go to the copy engines, which occupy no
     /// multiprocessor, if a transfer has no more than `engine_pieces_max` of them. Default 16 MiB.
     pub engine_bytes_min: u64,
@@ -45,6 +51,8 @@ impl Default for CudaConfig {
         Self {
             enabled: true,
             sms: 16,
+            sms_total: 64,
+            sms_min: 4,
             engine_bytes_min: 16 << 20,
             engine_pieces_max: 8,
             peers_pull: false,
@@ -65,8 +73,14 @@ impl CudaConfig {
                 accepted,
             })
         };
-        if self.sms == 0 {
-            return invalid("cuda.sms", "0".to_owned(), "at least 1");
+        for (field, sms) in [
+            ("cuda.sms", self.sms),
+            ("cuda.sms_total", self.sms_total),
+            ("cuda.sms_min", self.sms_min),
+        ] {
+            if sms == 0 {
+                return invalid(field, "0".to_owned(), "at least 1");
+            }
         }
         if self.spin > Duration::from_millis(10) {
             return invalid("cuda.spin", format!("{:?}", self.spin), "up to 10 ms");

@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use super::driver::{CudaDevice, check, driver, handle};
 use super::error::{CudaError, CudaUnavailable};
 use super::loaded::{KernelTrouble, Kernels};
+use super::share::Occupied;
 use super::slots::SlotPool;
 use super::stream::Streams;
 use crate::config::CudaConfig;
@@ -30,6 +31,8 @@ pub(crate) struct Device {
     pub(crate) info: &'static CudaDevice,
     context: CUcontext,
     pub(super) streams: Streams,
+    /// Multiprocessors that transfers occupy.
+    pub(super) occupied: Occupied,
     /// Where the ends of launches show, and the counters for that on this device.
     pub(super) slots: OnceLock<(&'static SlotPool, u64)>,
     /// For small copies that are waited for.
@@ -130,6 +133,7 @@ impl Device {
             info,
             context,
             streams: Streams::default(),
+            occupied: Occupied::default(),
             slots: OnceLock::new(),
             side: Mutex::new(RawStream(std::ptr::null_mut())),
             kernels: OnceLock::new(),

@@ -20,6 +20,7 @@ mod mover;
 mod permute;
 mod pin;
 mod plan;
+mod share;
 mod slots;
 mod stream;
 mod work;

@@ -21,6 +21,8 @@ use parking_lot::{Condvar, Mutex};
 use super::device::Device;
 use super::error::CudaError;
 use super::kernels::abi::BpDone;
+use super::plan::Grid;
+use super::share::SmShare;
 use super::slots::{Slot, SlotPool};
 use super::stream::{Lease, Streams};
 use super::work::DeviceWork;
@@ -62,6 +64,8 @@ struct Flight {
     transfer: Arc<TransferState>,
     slot: Slot,
     lease: Lease,
+    /// The multiprocessors that it occupies, if any.
+    share: Option<SmShare>,
     ticket: u32,
     /// It waits for an event, and agrees with the host before it touches a byte.
     guarded: bool,
@@ -172,6 +176,7 @@ impl Mover {
         let ticket = slot.arm();
         // An engine cannot be called off, so what waits for an event goes to a kernel.
         let by_engine = work.by_engine() && options.after.is_none();
+        let (grid, share) = self.grid(work, part, options.sms);
         let _entered = device.enter()?;
         if let Some(event) = options.after {
             lease.wait_for(event)?;
@@ -185,6 +190,7 @@ impl Mover {
             asked: AtomicU64::new(0),
             reported: AtomicBool::new(false),
             slot,
+            share: (!by_engine).then_some(share),
             lease,
         };
         let put = if by_engine {
@@ -200,8 +206,9 @@ impl Mover {
                 ticket,
                 guarded: u32::from(flight.guarded),
             };
+            transfer.took_sms(flight.share.as_ref().map_or(0, SmShare::sms));
             // SAFETY: as above.
-            unsafe { work.launch(part, options.sms, &flight.lease, done) }
+            unsafe { work.launch(part, grid, &flight.lease, done) }
         };
         match put {
             Ok(()) => Ok(Some(flight)),
@@ -213,6 +220,25 @@ impl Mover {
                 }
                 Err(error)
             }
+        }
+    }
+
+    /// How a launch spreads over the device: as the caller says, or else over its share of what
+    /// transfers may occupy together.
+    fn grid(&self, work: &DeviceWork, part: u32, wanted: Option<u32>) -> (Grid, SmShare) {
+        let device = work.device;
+        let most = device.info.multiprocessors;
+        if let Some(sms) = wanted {
+            let grid = work.grid(part, sms.clamp(1, most));
+            return (grid, device.occupied.take(grid.ctas));
+        }
+        let full = work.grid(part, work.sms);
+        let total = self.config.sms_total.min(most);
+        let share = device.occupied.share(full.ctas, total, self.config.sms_min);
+        if share.sms() == full.ctas {
+            (full, share)
+        } else {
+            (work.grid(part, share.sms()), share)
         }
     }
 

@@ -43,7 +43,7 @@ pub(crate) struct DeviceWork {
     engine: Vec<EngineCopy>,
     /// The set table and the ids behind it.
     table: Option<Table>,
-    sms: u32,
+    pub(super) sms: u32,
     /// About how long it takes, in seconds.
     pub(super) seconds: f64,
 }
@@ -264,7 +264,8 @@ impl DeviceWork {
         format!("{device:?} copies with {ctas} of {most} SMs by loads and stores ({why})")
     }
 
-    fn grid(&self, part: u32, sms: u32) -> Grid {
+    /// How a part spreads over `sms` multiprocessors, or fewer if it is small.
+    pub(super) fn grid(&self, part: u32, sms: u32) -> Grid {
         let warps = u64::from(THREADS / 32);
         let for_work = |warps_wanted: u64| Grid {
             ctas: u32::try_from(warps_wanted.div_ceil(warps))
@@ -291,12 +292,10 @@ impl DeviceWork {
     pub(super) unsafe fn launch(
         &self,
         part: u32,
-        sms: Option<u32>,
+        Grid { ctas, lanes }: Grid,
         lease: &Lease,
         done: BpDone,
     ) -> Result<(), CudaError> {
-        let most = self.device.info.multiprocessors;
-        let Grid { ctas, lanes } = self.grid(part, sms.unwrap_or(self.sms).clamp(1, most));
         match (self.launches.get(part as usize), &self.copies) {
             (Some(Launch::Copy(range)), Some(kernel)) => {
                 let parameter = kernel.parameter(range, self.table.as_ref(), done);

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
@@ -48,6 +48,8 @@ pub(crate) struct TransferState {
     pub(crate) deadline: Duration,
     /// What a device is told beside the work.
     pub(crate) device: DeviceOptions,
+    /// Most multiprocessors that one of its launches occupied.
+    sms: AtomicU32,
     completion: Option<(CompletionQueue, u64)>,
     request_id: Option<Arc<str>>,
     stopwatch: Stopwatch,
@@ -131,6 +133,7 @@ impl TransferState {
             notification,
             deadline,
             device: DeviceOptions { after, sms },
+            sms: AtomicU32::new(0),
             completion,
             request_id,
             stopwatch: Stopwatch::new(posted),
@@ -216,6 +219,11 @@ impl TransferState {
     /// The copy workers may take parts from now on.
     pub(crate) fn start_copying(&self) {
         self.started.store(true, Ordering::Release);
+    }
+
+    /// A launch of it occupies so many multiprocessors.
+    pub(crate) fn took_sms(&self, sms: u32) {
+        self.sms.fetch_max(sms, Ordering::Relaxed);
     }
 
     /// Starts the copies of an operation whose memory this process reaches itself.
@@ -487,6 +495,7 @@ impl TransferState {
             parts: plan.map_or(0, |plan| plan.parts),
             lane: plan.map_or(lane.lane, |plan| plan.lane),
             reason: plan.map_or(&lane.reason, |plan| &plan.reason).clone(),
+            sms: Some(self.sms.load(Ordering::Relaxed)).filter(|&sms| sms > 0),
             outcome,
         })
     }

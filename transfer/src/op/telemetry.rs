@@ -42,6 +42,9 @@ pub struct TransferTelemetry {
     pub lane: Lane,
     /// Why this lane and this way.
     pub reason: String,
+    /// Multiprocessors that a device used for it, which may be fewer than its budget when others were in
+    /// flight; none for other lanes and for copy engines.
+    pub sms: Option<u32>,
     /// How it ended.
     pub outcome: Result<(), TransferError>,
 }
