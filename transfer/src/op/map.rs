@@ -147,11 +147,7 @@ pub(crate) fn map_blocks(
         RemoteMemory::Unreachable(why) => return Err(not_mapped(why)),
         RemoteMemory::Device(_) => return Err(not_mapped("it is device memory")),
     }
-    let set = BlockSet {
-        layout: remote.layout,
-        ids: remote.ids,
-        layers: remote.layers,
-    };
+    let set = BlockSet::new(remote.layout, remote.ids, remote.layers);
     check_layout(Side::Remote, &set, region.len)?;
     let grant = remote
         .window

@@ -144,11 +144,7 @@ pub(crate) fn prepare_blocks(
 ) -> Result<Prepared, PrepareError> {
     let session = session_of(core, remote.peer)?;
     let questions = Questions::new(core, &session);
-    let set = BlockSet {
-        layout: remote.layout,
-        ids: remote.ids,
-        layers: remote.layers,
-    };
+    let set = BlockSet::new(remote.layout, remote.ids, remote.layers);
     let region = || questions.region(remote.region);
     let pair = pair_blocks(core, local, region, set)?;
     finish(
@@ -171,11 +167,7 @@ pub(crate) fn pair_blocks(
 ) -> Result<SetPair, PrepareError> {
     let layout = |side, source| PrepareError::Layout { side, source };
     let local_region = own(core, local.registration)?;
-    let local = BlockSet {
-        layout: local.layout,
-        ids: local.ids,
-        layers: local.layers,
-    };
+    let local = BlockSet::new(local.layout, local.ids, local.layers);
     local
         .layout
         .validate(local_region.len as u64)

@@ -4,15 +4,13 @@ use std::sync::Arc;
 
 use super::check::check_window;
 use super::overlap::check_tensor_overlap;
-use super::prepare::{
-    Checked, Prepared, Questions, SETS_MAX, check_bytes, finish, own, session_of,
-};
+use super::prepare::{Checked, Prepared, Questions, check_bytes, finish, own, session_of};
 use super::request::{LocalTensor, Op, RemoteTensor};
 use super::work::{SetPair, TensorCopy};
 use crate::agent::{Core, RemoteMemory, RemoteRegion, Session};
 use crate::error::{PrepareError, Side};
 use crate::memory::Region;
-use crate::plan::{BlockSet, IDS_MAX, KvAxis, LayoutError, Order, TensorPair, TensorSet};
+use crate::plan::{IDS_MAX, KvAxis, LayoutError, TensorPair, TensorSet};
 use crate::window::WindowId;
 
 pub(crate) fn prepare_tensors(
@@ -169,8 +167,11 @@ impl Sides {
         pairs: &[TensorPair],
         window: Option<WindowId>,
     ) -> Result<Prepared, PrepareError> {
-        let lowered = self.lower(pairs, |local, remote| local.best_order(remote))?;
-        finish(core, session, questions, self.op, lowered, window)
+        let mut sets: Vec<_> = pairs.iter().map(|pair| self.sets(pair)).collect();
+        for set in &mut sets {
+            set.order = set.local.best_order(&set.remote);
+        }
+        finish(core, session, questions, self.op, sets, window)
     }
 
     fn finish(
@@ -204,17 +205,13 @@ impl Sides {
             ..Checked::default()
         };
         let mut end = 0;
-        let mut begin = |bytes: u64| {
-            let start = end;
-            end += bytes;
-            start
-        };
+        for pair in &pairs {
+            checked.starts.push(end);
+            end += pair.bytes();
+        }
         if matches!(region.memory, RemoteMemory::Streamed(_)) {
-            checked.sets = self.lower(&pairs, |_, _| Order::BlockMajor)?;
-            let bytes = checked.sets.iter().map(|set| set.local.bytes());
-            checked.starts = bytes.map(begin).collect();
+            checked.sets = pairs.iter().map(|pair| self.sets(pair)).collect();
         } else {
-            checked.starts = pairs.iter().map(|pair| begin(pair.bytes())).collect();
             let copy = |pair| TensorCopy {
                 local_region: self.local_region.clone(),
                 remote_region: region.clone(),
@@ -225,34 +222,19 @@ impl Sides {
         checked.plan(core, session, self.op)
     }
 
-    /// The copies as block sets, which is what streams carry.
-    fn lower(
-        &self,
-        pairs: &[TensorPair],
-        order: impl Fn(&BlockSet, &BlockSet) -> Order,
-    ) -> Result<Vec<SetPair>, PrepareError> {
-        let mut out = Vec::new();
-        for pair in pairs {
-            let lowered = pair.lower(SETS_MAX - out.len());
-            let sets = lowered.map_err(|sets| PrepareError::TooLarge {
-                what: "number of block sets that the rearrangement comes to on a stream",
-                got: sets,
-                limit: SETS_MAX as u64,
-            })?;
-            out.extend(sets.into_iter().map(|(from, to)| {
-                let (local, remote) = match self.op {
-                    Op::Write => (from, to),
-                    Op::Read => (to, from),
-                };
-                SetPair {
-                    order: order(&local, &remote),
-                    local_region: self.local_region.clone(),
-                    local,
-                    remote_region: self.remote_region.clone(),
-                    remote,
-                }
-            }));
+    /// The copy as block sets, which is what streams carry.
+    fn sets(&self, pair: &TensorPair) -> SetPair {
+        let (from, to, order) = pair.sets();
+        let (local, remote) = match self.op {
+            Op::Write => (from, to),
+            Op::Read => (to, from),
+        };
+        SetPair {
+            local_region: self.local_region.clone(),
+            local,
+            remote_region: self.remote_region.clone(),
+            remote,
+            order,
         }
-        Ok(out)
     }
 }

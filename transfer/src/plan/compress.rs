@@ -160,6 +160,7 @@ fn strided(
         },
         ids,
         layers: Range { start: 0, end: 1 },
+        inner: Vec::new(),
     };
     let (base, last) = offsets
         .clone()

@@ -15,7 +15,7 @@ pub use tensor::{Axis, KvAxis, KvBlockLayout, KvOrder, KvShape, KvSlice};
 
 pub(crate) use compress::{DescriptorList, DescriptorPair};
 pub(crate) use ids::joins_in;
-pub(crate) use set::{BlockSet, IDS_MAX, Order};
+pub(crate) use set::{BlockSet, IDS_MAX, INNER_MAX, Order};
 pub(crate) use split::{part_range, parts_of, stripes};
 pub(crate) use table::Table;
 pub(crate) use tensor::{FROM, Row, TO, TensorPair, TensorSet};

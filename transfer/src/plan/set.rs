@@ -1,13 +1,15 @@
 //! Block sets: a layout, ids and a range of layers.
 //!
 //! The bytes of a set form one logical sequence: its runs in order (block after block, or layer
-//! after layer), each `run_bytes` long. Positions in that sequence are all that parts, stripes and
+//! after layer), each `run_bytes` long. Where blocks are rearranged on their way through a stream, there
+//! are further loops inside of each block and layer. Positions in that sequence are all that parts, stripes and
 //! wire frames need to say; addresses follow by arithmetic.
 
 use std::ops::Range;
 
 use super::ids::BlockIds;
 use super::layout::{BlockLayout, LayoutError};
+use super::tensor::Axis;
 
 /// Most ids that one set carries.
 pub(crate) const IDS_MAX: usize = 1 << 22;
@@ -27,9 +29,25 @@ pub(crate) struct BlockSet {
     pub(crate) layout: BlockLayout,
     pub(crate) ids: BlockIds,
     pub(crate) layers: Range<u32>,
+    /// Loops inside of a layer of a block, outermost first, with a run at each of their turns. Most
+    /// sets have none; those that have some go over streams, which walk each side by itself.
+    pub(crate) inner: Vec<Axis>,
 }
 
+/// Most loops inside of a layer of a block.
+pub(crate) const INNER_MAX: usize = 3;
+
 impl BlockSet {
+    /// A set without inner loops.
+    pub(crate) const fn new(layout: BlockLayout, ids: BlockIds, layers: Range<u32>) -> Self {
+        Self {
+            layout,
+            ids,
+            layers,
+            inner: Vec::new(),
+        }
+    }
+
     /// Checks ids, layers and bounds, not that the layout is free of overlap: sets that come from
     /// descriptor lists step in units smaller than a run.
     pub(crate) fn validate(&self, region_bytes: u64) -> Result<(), LayoutError> {
@@ -56,15 +74,37 @@ impl BlockSet {
                 blocks: layout.blocks,
             });
         }
-        layout.bounds(max, end - 1, region_bytes)?;
-        // Offsets grow with ids and layers, so the total fits 64 bits if each count does.
-        match self.runs().checked_mul(layout.run_bytes) {
-            Some(_) => Ok(()),
-            None => Err(LayoutError::OutOfRegion {
-                end: u64::MAX,
-                region_bytes,
-            }),
+        if self.inner.iter().any(|axis| axis.count == 0) || self.inner.len() > INNER_MAX {
+            return Err(LayoutError::Zero {
+                field: "a loop inside of the blocks",
+            });
         }
+        // Offsets grow with ids, layers and inner loops: the last run reaches furthest.
+        let last = layout
+            .run_offset(max, end - 1)
+            .and_then(|at| {
+                self.inner.iter().try_fold(at, |at, axis| {
+                    at.checked_add(axis.stride.checked_mul(u64::from(axis.count - 1))?)
+                })
+            })
+            .and_then(|at| at.checked_add(layout.run_bytes))
+            .unwrap_or(u64::MAX);
+        if last > region_bytes || self.checked_bytes().is_none() {
+            return Err(LayoutError::OutOfRegion {
+                end: last,
+                region_bytes,
+            });
+        }
+        Ok(())
+    }
+
+    fn checked_bytes(&self) -> Option<u64> {
+        let runs = (self.ids.len() as u64).checked_mul(self.layer_count())?;
+        let runs = self
+            .inner
+            .iter()
+            .try_fold(runs, |runs, axis| runs.checked_mul(axis.count.into()))?;
+        runs.checked_mul(self.layout.run_bytes)
     }
 
     /// The bytes of the region from the first to the last that the set touches.
@@ -83,12 +123,15 @@ impl BlockSet {
         u64::from(self.layers.end.saturating_sub(self.layers.start))
     }
 
+    /// Runs, of a set without inner loops.
     pub(crate) fn runs(&self) -> u64 {
+        debug_assert!(self.inner.is_empty());
         self.ids.len() as u64 * self.layer_count()
     }
 
+    /// All bytes of a validated set.
     pub(crate) fn bytes(&self) -> u64 {
-        self.runs() * self.layout.run_bytes
+        self.checked_bytes().unwrap_or(u64::MAX)
     }
 
     /// The order in which more runs of both sets touch.

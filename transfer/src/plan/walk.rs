@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::ids::{BlockIds, joins};
 use super::set::{BlockSet, Order};
+use super::tensor::Strided;
 
 /// Where the runs of a set lie, with layers that touch taken as one run.
 #[derive(Clone, Copy, Debug)]
@@ -111,6 +112,8 @@ pub(crate) struct Segments<'a> {
     order: Order,
     position: Position,
     left: u64,
+    /// Instead of all that, for a set with inner loops.
+    strided: Option<Strided<'a>>,
 }
 
 impl<'a> Segments<'a> {
@@ -125,6 +128,7 @@ impl<'a> Segments<'a> {
             order,
             position: Position::at(range.start, order, shape, set.ids.len()),
             left: range.end.saturating_sub(range.start),
+            strided: (!set.inner.is_empty()).then(|| Strided::new(set, order, range)),
         }
     }
 
@@ -149,6 +153,9 @@ impl Iterator for Segments<'_> {
     type Item = (u64, u64);
 
     fn next(&mut self) -> Option<(u64, u64)> {
+        if let Some(strided) = &mut self.strided {
+            return strided.next();
+        }
         if self.left == 0 {
             return None;
         }
@@ -172,7 +179,7 @@ impl Iterator for Segments<'_> {
 }
 
 /// Calls `f(offset in a, offset in b, bytes)` for the stretches of a logical range that are
-/// contiguous on both sides. Both sets are validated and have the same shape.
+/// contiguous on both sides. Both sets are validated, have the same shape, and no inner loops.
 pub(crate) fn for_each_segment(
     a: &BlockSet,
     b: &BlockSet,
@@ -363,16 +370,8 @@ mod tests {
             )
                 .prop_map(|(a, b, ids_a, ids_b, layers)| {
                     (
-                        BlockSet {
-                            layout: a,
-                            ids: ids_a,
-                            layers: layers.clone(),
-                        },
-                        BlockSet {
-                            layout: b,
-                            ids: ids_b,
-                            layers,
-                        },
+                        BlockSet::new(a, ids_a, layers.clone()),
+                        BlockSet::new(b, ids_b, layers),
                     )
                 })
         })
@@ -448,11 +447,7 @@ mod tests {
 
     #[test]
     fn touching_runs_become_one_piece() {
-        let set = |ids: &[u32]| BlockSet {
-            layout: BlockLayout::contiguous(8, 10),
-            ids: ids.into(),
-            layers: 0..1,
-        };
+        let set = |ids: &[u32]| BlockSet::new(BlockLayout::contiguous(8, 10), ids.into(), 0..1);
         let pieces: Vec<_> = Segments::new(&set(&[1, 2, 3, 6]), Order::BlockMajor, 0..40).collect();
         assert_eq!(pieces, [(10, 30), (60, 10)]);
         assert_eq!(
@@ -475,11 +470,7 @@ mod tests {
             layer_stride: 128,
             run_bytes: 16,
         };
-        let set = BlockSet {
-            layout,
-            ids: [2, 3, 4].into(),
-            layers: 0..4,
-        };
+        let set = BlockSet::new(layout, [2, 3, 4].into(), 0..4);
         let order = set.best_order(&set);
         assert_eq!(order, Order::LayerMajor);
         assert_eq!(segment_count(&set, &set, order), 4);

@@ -198,11 +198,16 @@ impl Scope {
         match self {
             Self::Region => Ok(()),
             Self::Ranges(ranges) => {
+                if !set.inner.is_empty() {
+                    return self.covers_parts(&set.into());
+                }
                 few(set.runs())?;
                 Segments::new(set, Order::BlockMajor, 0..set.bytes())
                     .try_for_each(|(offset, bytes)| inside(ranges, offset, bytes))
             }
-            Self::Blocks(blocks) if blocks.layout == set.layout => blocks.covers(&set.ids),
+            Self::Blocks(blocks) if blocks.layout == set.layout && set.inner.is_empty() => {
+                blocks.covers(&set.ids)
+            }
             Self::Blocks(blocks) => blocks.covers_parts(&set.into()),
         }
     }
@@ -256,11 +261,7 @@ mod tests {
     use super::*;
 
     fn set(ids: &[u32]) -> BlockSet {
-        BlockSet {
-            layout: BlockLayout::contiguous(10, 8),
-            ids: ids.into(),
-            layers: 0..1,
-        }
+        BlockSet::new(BlockLayout::contiguous(10, 8), ids.into(), 0..1)
     }
 
     #[test]
@@ -308,7 +309,7 @@ mod tests {
             };
             let scope = WindowScope::Blocks { layout, ids: open.clone() };
             let scope = Scope::new(scope, 3200).unwrap();
-            let set = BlockSet { layout, ids: wanted.as_slice().into(), layers: 0..1 };
+            let set = BlockSet::new(layout, wanted.as_slice().into(), 0..1);
             let expected = wanted.iter().all(|id| open.contains(id));
             prop_assert_eq!(scope.covers(&set).is_ok(), expected);
         }

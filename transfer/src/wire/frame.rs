@@ -7,7 +7,7 @@ use crate::cuda::ShareHandle;
 use crate::error::{Rejection, TransferError};
 use crate::memory::RegionId;
 use crate::peer::{Reader, Short, Writer, access_code, access_from};
-use crate::plan::{BlockIds, BlockLayout, BlockSet, IDS_MAX, Order, joins_in};
+use crate::plan::{Axis, BlockIds, BlockLayout, BlockSet, IDS_MAX, INNER_MAX, Order, joins_in};
 use crate::window::{GrantSpec, Scope, WindowAccess, WindowId};
 
 pub(crate) const HEADER_BYTES: usize = 24;
@@ -256,6 +256,11 @@ impl StripeSpec {
         out.u32(set.layers.end);
         out.u64(range.start);
         out.u64(range.end);
+        out.u8(u8::try_from(set.inner.len()).unwrap_or(u8::MAX));
+        for axis in &set.inner {
+            out.u32(axis.count);
+            out.u64(axis.stride);
+        }
         encode_ids(&mut out, &set.ids);
         out.bytes
     }
@@ -285,13 +290,21 @@ impl StripeSpec {
         let layout = decode_layout(reader)?;
         let layers = reader.u32()?..reader.u32()?;
         let range = reader.u64()?..reader.u64()?;
+        let count = usize::from(reader.u8()?);
+        if count > INNER_MAX {
+            return Ok(None);
+        }
+        let mut inner = Vec::with_capacity(count);
+        for _ in 0..count {
+            let (count, stride) = (reader.u32()?, reader.u64()?);
+            inner.push(Axis { count, stride });
+        }
         let Some(ids) = decode_ids(reader)? else {
             return Ok(None);
         };
         let set = BlockSet {
-            layout,
-            ids,
-            layers,
+            inner,
+            ..BlockSet::new(layout, ids, layers)
         };
         Ok(Some(Self {
             region,
@@ -549,11 +562,7 @@ mod tests {
             region: RegionId(9),
             window: Some(WindowId(4)),
             order: Order::LayerMajor,
-            set: BlockSet {
-                layout: BlockLayout::contiguous(1 << 20, 16),
-                ids: ids.into(),
-                layers: 0..1,
-            },
+            set: BlockSet::new(BlockLayout::contiguous(1 << 20, 16), ids.into(), 0..1),
             range: 0..16,
         }
     }
@@ -564,9 +573,18 @@ mod tests {
 
     proptest! {
         #[test]
-        fn stripes_survive_the_wire(ids in proptest::collection::vec(0u32..40, 1..60)) {
-            let spec = spec(ids);
-            prop_assert_eq!(StripeSpec::decode(&encode(&spec)), Some(spec));
+        fn stripes_survive_the_wire(
+            ids in proptest::collection::vec(0u32..40, 1..60),
+            inner in proptest::collection::vec((any::<u32>(), any::<u64>()), 0..5),
+        ) {
+            let mut spec = spec(ids);
+            spec.set.inner = inner
+                .into_iter()
+                .map(|(count, stride)| Axis { count, stride })
+                .collect();
+            let bytes = encode(&spec);
+            let expected = (spec.set.inner.len() <= INNER_MAX).then_some(spec);
+            prop_assert_eq!(StripeSpec::decode(&bytes), expected);
         }
 
         #[test]

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use super::frame::{Code, HEADER_BYTES, Header, Kind, StripeSpec};
 use super::handshake::{Hello, HelloRole, greet};
 use crate::memory::RegionId;
-use crate::plan::{BlockLayout, BlockSet, Order};
+use crate::plan::{Axis, BlockLayout, BlockSet, Order};
 use crate::window::WindowId;
 use crate::{
     Agent, AgentConfig, ArenaConfig, ConnectError, Lane, Metadata, Registration, RemoteAccess,
@@ -136,12 +136,25 @@ fn stripe(
     layout: BlockLayout,
     range: std::ops::Range<u64>,
 ) -> Vec<u8> {
-    let set = BlockSet {
-        layout,
-        ids: ids.into(),
-        layers: 0..1,
-    };
+    let set = BlockSet::new(layout, ids.into(), 0..1);
     StripeSpec::encode(region, window, Order::BlockMajor, &set, &range)
+}
+
+/// Runs of 10 bytes in 8 blocks of 1000, in two loops 500 and 16 bytes apart.
+fn looped(region: RegionId, window: Option<WindowId>, counts: [u32; 2]) -> Vec<u8> {
+    let layout = BlockLayout {
+        run_bytes: 10,
+        ..BlockLayout::contiguous(8, 1000)
+    };
+    let axis = |at: usize, stride| Axis {
+        count: counts[at],
+        stride,
+    };
+    let set = BlockSet {
+        inner: vec![axis(0, 500), axis(1, 16)],
+        ..BlockSet::new(layout, [7].into(), 0..1)
+    };
+    StripeSpec::encode(region, window, Order::BlockMajor, &set, &(0..10))
 }
 
 #[test]
@@ -173,6 +186,9 @@ fn stripes_that_lie_are_refused_and_nothing_lands() {
         (stripe(open, None, &[8], layout, 0..1000), Code::OutOfBounds),
         (stripe(open, None, &[], layout, 0..1000), Code::OutOfBounds),
         (stripe(open, None, &[0], layout, 0..1001), Code::OutOfBounds),
+        (looped(open, None, [2, 65]), Code::OutOfBounds),
+        (looped(open, None, [0, 1]), Code::OutOfBounds),
+        (looped(open, None, [u32::MAX; 2]), Code::OutOfBounds),
         (
             stripe(open, None, &[0], layout, 500..500),
             Code::OutOfBounds,
@@ -212,14 +228,18 @@ fn stripes_that_lie_are_refused_and_nothing_lands() {
         assert_eq!((answer.kind, answer.id), (Kind::StripeDone, id));
         assert_eq!(Code::from(answer.code), Some(expected), "case {number}");
     }
-    let read = stripe(guarded, Some(window.id()), &[2], layout, 0..1000);
-    data.write_all(&Header::new(Kind::Read, 99, 0).with_body(&read))
-        .unwrap();
-    let (answer, _) = next_frame(&mut data).unwrap();
-    assert_eq!(
-        (answer.kind, answer.code),
-        (Kind::ReadDone, Code::OutOfBounds as u8)
-    );
+    for read in [
+        stripe(guarded, Some(window.id()), &[2], layout, 0..1000),
+        looped(guarded, Some(window.id()), [2, 2]),
+    ] {
+        data.write_all(&Header::new(Kind::Read, 99, 0).with_body(&read))
+            .unwrap();
+        let (answer, _) = next_frame(&mut data).unwrap();
+        assert_eq!(
+            (answer.kind, answer.code),
+            (Kind::ReadDone, Code::OutOfBounds as u8)
+        );
+    }
     assert!(victim.untouched());
     victim.serves();
 }

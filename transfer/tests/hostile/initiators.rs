@@ -88,12 +88,23 @@ fn layouts_without_end_cost_no_time() {
         ids: Ids::List(&ids),
         ..victim.stripe(1)
     };
-    // As many runs as there can be, all of them inside of the window.
-    data.write_all(&frame(READ, 1, 0, &endless.encode()))
-        .unwrap();
-    let answer = receive(&mut data).unwrap();
-    assert_eq!((answer.kind, answer.id), (READ_DONE, 1));
-    assert_ne!(answer.code, 0);
+    let nested = Stripe {
+        layers: 1,
+        inner: &[(u32::MAX, 0), (1 << 10, 0)],
+        ..endless.clone()
+    };
+    let beyond = Stripe {
+        inner: &[(u32::MAX, 0); 3],
+        ..endless.clone()
+    };
+    // As many runs as there can be, all of them inside of the window; and more.
+    for stripe in [&endless, &nested, &beyond] {
+        data.write_all(&frame(READ, 1, 0, &stripe.encode()))
+            .unwrap();
+        let answer = receive(&mut data).unwrap();
+        assert_eq!((answer.kind, answer.id), (READ_DONE, 1));
+        assert_ne!(answer.code, 0);
+    }
     // The same without a window is only ever looked at in part.
     let open = Stripe {
         region: victim.regions[0].id().0,
@@ -102,6 +113,13 @@ fn layouts_without_end_cost_no_time() {
         ..endless
     };
     data.write_all(&frame(READ, 2, 0, &open.encode())).unwrap();
+    let open = Stripe {
+        region: open.region,
+        window: None,
+        range: open.range,
+        ..nested
+    };
+    data.write_all(&frame(READ, 3, 0, &open.encode())).unwrap();
     victim.serves();
     drop(data);
     victim.serves();

@@ -99,6 +99,7 @@ impl Victim {
             layer_stride: 64,
             run_bytes: 64,
             range: (0, 64),
+            inner: &[],
             ids: crate::wire::Ids::List(&[0]),
         }
     }

@@ -107,6 +107,8 @@ pub(crate) struct Stripe<'a> {
     pub(crate) layer_stride: u64,
     pub(crate) run_bytes: u64,
     pub(crate) range: (u64, u64),
+    /// Count and stride of the loops inside of a layer of a block.
+    pub(crate) inner: &'a [(u32, u64)],
     pub(crate) ids: Ids<'a>,
 }
 
@@ -125,6 +127,11 @@ impl Stripe<'_> {
         out.extend(self.layers.to_le_bytes());
         out.extend(self.range.0.to_le_bytes());
         out.extend(self.range.1.to_le_bytes());
+        out.push(self.inner.len() as u8);
+        for (count, stride) in self.inner {
+            out.extend(count.to_le_bytes());
+            out.extend(stride.to_le_bytes());
+        }
         match self.ids {
             Ids::List(ids) => {
                 out.push(0);

@@ -20,4 +20,4 @@ pub use slice::KvSlice;
 
 pub(crate) use pair::{FROM, TO, TensorPair};
 pub(crate) use set::TensorSet;
-pub(crate) use walk::Row;
+pub(crate) use walk::{Row, Strided};

@@ -8,7 +8,8 @@ pub(crate) struct Loop<const N: usize> {
 }
 
 /// Orders loops by the stride of the last side, outermost first, and joins what is contiguous on
-/// all sides. Returns the length of a run, which was `run` before. Loops of one turn disappear.
+/// all sides, up to 32 bits of turns. Returns the length of a run, which was `run` before. Loops of
+/// one turn disappear.
 pub(super) fn simplify<const N: usize>(loops: &mut Vec<Loop<N>>, mut run: u64) -> u64 {
     loops.retain(|one| one.count > 1);
     loops.sort_by(|a, b| b.strides.iter().rev().cmp(a.strides.iter().rev()));
@@ -19,8 +20,10 @@ pub(super) fn simplify<const N: usize>(loops: &mut Vec<Loop<N>>, mut run: u64) -
     while at > 1 {
         at -= 1;
         let (outer, inner) = (loops[at - 1], loops[at]);
-        let joins = |side: usize| outer.strides[side] == inner.strides[side] * inner.count;
-        if (0..N).all(joins) {
+        let joins =
+            |side: usize| Some(outer.strides[side]) == inner.strides[side].checked_mul(inner.count);
+        let fits = u32::try_from(outer.count.saturating_mul(inner.count)).is_ok();
+        if fits && (0..N).all(joins) {
             loops[at].count *= outer.count;
             loops.remove(at - 1);
         }
@@ -52,7 +55,9 @@ pub(super) fn every_turn<const N: usize>(
 
 /// Turns of the whole nest.
 pub(super) fn turns<const N: usize>(loops: &[Loop<N>]) -> u64 {
-    loops.iter().map(|one| one.count).product()
+    loops
+        .iter()
+        .fold(1, |turns, one| turns.saturating_mul(one.count))
 }
 
 #[cfg(test)]

@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 
-use super::nest::{Loop, every_turn, simplify, turns};
+use super::nest::{Loop, simplify, turns};
+use super::order::Axis;
 use super::set::TensorSet;
-use crate::plan::{BlockIds, BlockLayout, BlockSet};
+use crate::plan::{BlockIds, BlockLayout, BlockSet, Order};
 
 /// Blocks of one side of a [`TensorPair`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,73 +106,43 @@ impl TensorPair {
         self.runs().saturating_mul(self.run_bytes)
     }
 
-    /// Whether a single pair of block sets says the same.
+    /// Whether block sets without inner loops say the same.
     pub(crate) fn is_plain(&self) -> bool {
         self.axes.len() <= 1
-            && self
-                .axes
-                .iter()
-                .all(|axis| u32::try_from(axis.count).is_ok())
     }
 
-    /// Pairs of block sets (source, destination) that say the same, for lanes whose unit they are:
-    /// the blocks, one of the loops as layers, and a set for each turn of the others.
-    ///
-    /// # Errors
-    /// The number of sets, when it is above `sets_max`.
-    pub(crate) fn lower(&self, sets_max: usize) -> Result<Vec<(BlockSet, BlockSet)>, u64> {
-        let (layers, rest) = self.layers_and_rest();
-        let sets = turns(&rest);
-        if sets > sets_max as u64 {
-            return Err(sets);
-        }
-        let mut out = Vec::new();
-        every_turn(&rest, [0; 2], &mut |offsets| {
-            out.push((
-                self.set(&self.from, FROM, offsets, layers),
-                self.set(&self.to, TO, offsets, layers),
-            ));
-            true
-        });
-        Ok(out)
-    }
-
-    /// The loop that becomes the layers of the sets: the innermost one, so that a set touches a
-    /// block in one place; but the longest one where that leaves too many sets.
-    fn layers_and_rest(&self) -> (Loop<2>, Vec<Loop<2>>) {
-        /// More sets than this cost more than blocks that are touched in several places.
-        const SETS_GOOD: u64 = 1 << 14;
-        let mut rest = self.axes.clone();
-        let fits = |axis: &&Loop<2>| u32::try_from(axis.count).is_ok();
-        let inner = rest.last().filter(fits).copied();
-        let longest = || rest.iter().filter(fits).max_by_key(|axis| axis.count);
-        let layers = match inner {
-            Some(inner) if turns(&rest) / inner.count <= SETS_GOOD => Some(inner),
-            _ => longest().copied(),
+    /// The block sets (source, destination) that say the same, and the order in which to walk them:
+    /// the first loop is their layers, the others are inside of them.
+    pub(crate) fn sets(&self) -> (BlockSet, BlockSet, Order) {
+        let order = match self.outer {
+            0 => Order::BlockMajor,
+            _ => Order::LayerMajor,
         };
-        let layers = layers.unwrap_or(Loop {
-            count: 1,
-            strides: [self.run_bytes; 2],
-        });
-        if let Some(at) = rest.iter().position(|axis| *axis == layers) {
-            rest.remove(at);
-        }
-        (layers, rest)
+        (self.set(&self.from, FROM), self.set(&self.to, TO), order)
     }
 
-    fn set(&self, side: &TensorSide, at: usize, offsets: [u64; 2], layers: Loop<2>) -> BlockSet {
-        let count = u32::try_from(layers.count).unwrap_or(u32::MAX);
+    fn set(&self, side: &TensorSide, at: usize) -> BlockSet {
+        // Loops are joined up to 32 bits.
+        let axis = |one: &Loop<2>| Axis {
+            count: u32::try_from(one.count).unwrap_or(u32::MAX),
+            stride: one.strides[at],
+        };
+        let mut axes = self.axes.iter().map(axis);
+        let layers = axes.next().unwrap_or(Axis {
+            count: 1,
+            stride: self.run_bytes,
+        });
+        let layout = BlockLayout {
+            offset: side.base,
+            blocks: side.blocks,
+            block_stride: side.block_stride,
+            layers: layers.count,
+            layer_stride: layers.stride,
+            run_bytes: self.run_bytes,
+        };
         BlockSet {
-            layout: BlockLayout {
-                offset: side.base + offsets[at],
-                blocks: side.blocks,
-                block_stride: side.block_stride,
-                layers: count,
-                layer_stride: layers.strides[at],
-                run_bytes: self.run_bytes,
-            },
-            ids: side.ids.clone(),
-            layers: 0..count,
+            inner: axes.collect(),
+            ..BlockSet::new(layout, side.ids.clone(), 0..layers.count)
         }
     }
 }

@@ -96,6 +96,7 @@ impl From<&BlockSet> for TensorSet {
             count: 1,
             stride: 0,
         };
+        let inner = |at: usize| set.inner.get(at).copied().unwrap_or(one);
         let layers = Axis {
             count: set.layers.end.saturating_sub(set.layers.start),
             stride: set.layout.layer_stride,
@@ -105,7 +106,7 @@ impl From<&BlockSet> for TensorSet {
             blocks: set.layout.blocks,
             block_stride: set.layout.block_stride,
             ids: set.ids.clone(),
-            axes: [layers, one, one, one],
+            axes: [layers, inner(0), inner(1), inner(2)],
             run_bytes: set.layout.run_bytes,
         }
     }

@@ -8,7 +8,7 @@ use super::nest::Loop;
 use super::pair::TensorPair;
 use super::*;
 use crate::plan::{
-    BlockIds, BlockLayout, LayoutError, Order, for_each_segment, part_range, parts_of,
+    BlockIds, BlockLayout, BlockSet, LayoutError, Order, Segments, part_range, parts_of,
 };
 
 /// More than any layout here reaches.
@@ -184,22 +184,75 @@ proptest! {
         }
     }
 
+    /// Both ends of a stream walk a stripe by themselves and meet byte by byte.
     #[test]
-    fn block_sets_say_the_same((from, to) in sides()) {
+    fn block_sets_say_the_same((from, to) in sides(), part in 1u64..300) {
         let pair = TensorPair::new(&from.select(), &to.select());
-        let sets = pair.lower(1 << 20).unwrap();
+        let (a, b, order) = pair.sets();
+        prop_assert_eq!(a.validate(REGION), Ok(()));
+        prop_assert_eq!(b.validate(REGION), Ok(()));
+        prop_assert_eq!(a.bytes(), pair.bytes());
+        prop_assert_eq!(b.bytes(), pair.bytes());
         let mut got = Vec::new();
-        for (from, to) in &sets {
-            prop_assert_eq!(from.validate(REGION), Ok(()));
-            prop_assert_eq!(to.validate(REGION), Ok(()));
-            for_each_segment(from, to, Order::BlockMajor, 0..from.bytes(), |a, b, bytes| {
-                got.extend((0..bytes).map(|byte| (a + byte, b + byte)));
-            });
+        for index in 0..parts_of(pair.bytes(), part) {
+            let range = part_range(pair.bytes(), part, index);
+            let expand = |set: &BlockSet| -> Vec<u64> {
+                Segments::new(set, order, range.clone())
+                    .flat_map(|(offset, bytes)| offset..offset + bytes)
+                    .collect()
+            };
+            let (x, y) = (expand(&a), expand(&b));
+            prop_assert_eq!(x.len() as u64, range.end - range.start);
+            prop_assert_eq!(x.len(), y.len());
+            got.extend(x.into_iter().zip(y));
         }
         got.sort_unstable();
         prop_assert_eq!(got, expected(&from, &to));
-        prop_assert_eq!(sets.len() == 1, pair.is_plain());
-        prop_assert_eq!(pair.lower(sets.len() - 1), Err(sets.len() as u64));
+        prop_assert_eq!(a.inner.is_empty(), pair.is_plain());
+        // The sets of a window's check say the same again.
+        let stretches = |set: &TensorSet| {
+            let stretches = set.stretches();
+            let mut all = Vec::new();
+            for id in set.ids.iter() {
+                stretches.all(|at| {
+                    let at = set.block_at(id) + at;
+                    all.extend(at..at + stretches.bytes);
+                    true
+                });
+            }
+            all.sort_unstable();
+            all
+        };
+        prop_assert_eq!(stretches(&TensorSet::from(&b)), stretches(&to.select()));
+    }
+
+    /// Sets that do not fit are refused, whatever a peer says.
+    #[test]
+    fn wild_sets_are_refused(
+        inner in proptest::collection::vec((any::<u32>(), any::<u64>()), 0..5),
+        layers: u32,
+        layer_stride: u64,
+        run_bytes: u64,
+    ) {
+        let layout = BlockLayout {
+            layers,
+            layer_stride,
+            run_bytes,
+            ..BlockLayout::contiguous(4, 100)
+        };
+        let set = BlockSet {
+            inner: inner.into_iter().map(|(count, stride)| Axis { count, stride }).collect(),
+            ..BlockSet::new(layout, [3].into(), 0..layers)
+        };
+        if set.validate(REGION).is_ok() {
+            let mut looked_at = 0;
+            for (offset, bytes) in Segments::new(&set, Order::BlockMajor, 0..set.bytes()).take(100) {
+                prop_assert!(offset + bytes <= REGION);
+                looked_at += bytes;
+            }
+            prop_assert!(looked_at > 0);
+            prop_assert!(TensorSet::from(&set).stretches().count() > 0);
+        }
     }
 
     /// The innermost loop makes the smallest steps at the destination, and nothing that could be

@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use super::nest::Loop;
-use super::pair::{FROM, TO, TensorPair};
+use super::pair::{TensorPair, TensorSide};
+use crate::plan::{BlockIds, BlockSet, Order};
 
 /// Runs of equal length at equal distances on each side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,9 +23,6 @@ pub(crate) struct Row {
     pub(crate) bytes: u64,
 }
 
-/// The blocks and four loops.
-const DEPTH_MAX: usize = 5;
-
 impl TensorPair {
     /// Calls `f` for the rows of a logical range. The logical sequence is that of the runs in the
     /// order of the loops: the first `outer` axes, the blocks, the other axes.
@@ -32,12 +30,13 @@ impl TensorPair {
         let Some(mut left) = range.end.checked_sub(range.start).filter(|left| *left > 0) else {
             return;
         };
-        let mut nest = Nest::new(self);
+        let sides = [NestSide::from(&self.from), NestSide::from(&self.to)];
+        let mut nest = Nest::new(sides, self.outer, &self.axes);
         nest.seek(range.start / self.run_bytes);
         let inner = nest.inner();
         let mut within = range.start % self.run_bytes;
         loop {
-            let (from, to) = nest.offsets();
+            let [from, to] = nest.offsets();
             if within > 0 || left < self.run_bytes {
                 // The part of a run with which the range begins or ends.
                 let bytes = (self.run_bytes - within).min(left);
@@ -55,7 +54,7 @@ impl TensorPair {
             } else {
                 let whole = left / self.run_bytes;
                 let count = inner.map_or(1, |_| nest.inner_left()).min(whole);
-                let [from_step, to_step] = inner.map_or([0; 2], |inner| inner.strides);
+                let [from_step, to_step] = inner.unwrap_or([0; 2]);
                 f(Row {
                     from,
                     to,
@@ -74,39 +73,124 @@ impl TensorPair {
     }
 }
 
-/// A position in the loops.
-struct Nest<'a> {
-    pair: &'a TensorPair,
+/// Contiguous stretches of a logical range of one side: (offset in the region, bytes).
+#[derive(Debug)]
+pub(crate) struct Strided<'a> {
+    nest: Nest<'a, 1>,
+    run_bytes: u64,
+    within: u64,
+    left: u64,
+}
+
+impl<'a> Strided<'a> {
+    /// The set is validated and the range lies within its bytes.
+    pub(crate) fn new(set: &'a BlockSet, order: Order, range: Range<u64>) -> Self {
+        let layout = &set.layout;
+        let layers = Loop {
+            count: set.layer_count(),
+            strides: [layout.layer_stride],
+        };
+        let mut loops = vec![layers];
+        loops.extend(set.inner.iter().map(|axis| Loop::from(*axis)));
+        let blocks_at = usize::from(order == Order::LayerMajor);
+        // Inside of the loop over the blocks, what is contiguous is one run.
+        let mut run_bytes = layout.run_bytes;
+        while loops.len() > blocks_at
+            && let Some(inner) = loops.pop_if(|inner| inner.strides == [run_bytes])
+        {
+            run_bytes *= inner.count;
+        }
+        let side = NestSide {
+            base: layout.offset + u64::from(set.layers.start) * layout.layer_stride,
+            block_stride: layout.block_stride,
+            ids: &set.ids,
+        };
+        let mut nest = Nest::new([side], blocks_at, &loops);
+        nest.seek(range.start / run_bytes);
+        Self {
+            nest,
+            run_bytes,
+            within: range.start % run_bytes,
+            left: range.end.saturating_sub(range.start),
+        }
+    }
+}
+
+impl Iterator for Strided<'_> {
+    type Item = (u64, u64);
+
+    fn next(&mut self) -> Option<(u64, u64)> {
+        if self.left == 0 {
+            return None;
+        }
+        let [offset] = self.nest.offsets();
+        let bytes = (self.run_bytes - self.within).min(self.left);
+        let stretch = (offset + self.within, bytes);
+        self.within = 0;
+        self.left -= bytes;
+        self.nest.step(1);
+        Some(stretch)
+    }
+}
+
+/// The blocks and four loops.
+const DEPTH_MAX: usize = 5;
+
+/// The blocks of one side.
+#[derive(Clone, Copy, Debug)]
+struct NestSide<'a> {
+    base: u64,
+    block_stride: u64,
+    ids: &'a BlockIds,
+}
+
+impl<'a> From<&'a TensorSide> for NestSide<'a> {
+    fn from(side: &'a TensorSide) -> Self {
+        Self {
+            base: side.base,
+            block_stride: side.block_stride,
+            ids: &side.ids,
+        }
+    }
+}
+
+/// A position in loops, one of which is over the blocks.
+#[derive(Debug)]
+struct Nest<'a, const N: usize> {
+    sides: [NestSide<'a>; N],
+    blocks_at: usize,
     depth: usize,
     counts: [u64; DEPTH_MAX],
     index: [u64; DEPTH_MAX],
     /// Of every level but that of the blocks.
-    strides: [[u64; 2]; DEPTH_MAX],
+    strides: [[u64; N]; DEPTH_MAX],
 }
 
-impl<'a> Nest<'a> {
-    fn new(pair: &'a TensorPair) -> Self {
+impl<'a, const N: usize> Nest<'a, N> {
+    /// Up to four loops, the first `blocks_at` of which are outside of the one over the blocks.
+    fn new(sides: [NestSide<'a>; N], blocks_at: usize, loops: &[Loop<N>]) -> Self {
         let mut nest = Self {
-            pair,
-            depth: pair.axes.len() + 1,
+            sides,
+            blocks_at,
+            depth: loops.len() + 1,
             counts: [1; DEPTH_MAX],
             index: [0; DEPTH_MAX],
-            strides: [[0; 2]; DEPTH_MAX],
+            strides: [[0; N]; DEPTH_MAX],
         };
-        nest.counts[pair.outer] = pair.blocks();
-        for (at, axis) in pair.axes.iter().enumerate() {
-            let level = at + usize::from(at >= pair.outer);
-            nest.counts[level] = axis.count;
-            nest.strides[level] = axis.strides;
+        nest.counts[blocks_at] = sides.first().map_or(0, |side| side.ids.len() as u64);
+        for (at, one) in loops.iter().enumerate() {
+            let level = at + usize::from(at >= blocks_at);
+            nest.counts[level] = one.count;
+            nest.strides[level] = one.strides;
         }
         nest
     }
 
-    /// The innermost loop, unless that is the one over the blocks, whose steps are not equal.
-    fn inner(&self) -> Option<Loop<2>> {
-        (self.pair.outer < self.pair.axes.len())
-            .then(|| self.pair.axes.last().copied())
-            .flatten()
+    /// The steps of the innermost loop, unless that is the one over the blocks, whose steps are not
+    /// equal.
+    fn inner(&self) -> Option<[u64; N]> {
+        let last = self.depth - 1;
+        (self.blocks_at != last).then(|| self.strides[last])
     }
 
     fn inner_left(&self) -> u64 {
@@ -120,19 +204,18 @@ impl<'a> Nest<'a> {
         }
     }
 
-    fn offsets(&self) -> (u64, u64) {
-        let TensorPair { from, to, .. } = self.pair;
+    fn offsets(&self) -> [u64; N] {
         // Below the number of ids, which is a usize.
-        let block = usize::try_from(self.index[self.pair.outer]).unwrap_or(usize::MAX);
-        let mut at = [
-            from.base + u64::from(from.ids.at(block)) * from.block_stride,
-            to.base + u64::from(to.ids.at(block)) * to.block_stride,
-        ];
+        let block = usize::try_from(self.index[self.blocks_at]).unwrap_or(usize::MAX);
+        let mut at = self
+            .sides
+            .map(|side| side.base + u64::from(side.ids.at(block)) * side.block_stride);
         for (index, strides) in self.index.iter().zip(&self.strides) {
-            at[FROM] += index * strides[FROM];
-            at[TO] += index * strides[TO];
+            for (at, stride) in at.iter_mut().zip(strides) {
+                *at += index * stride;
+            }
         }
-        (at[FROM], at[TO])
+        at
     }
 
     /// Goes on by `count` turns of the innermost loop, at most to its end.

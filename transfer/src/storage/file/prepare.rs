@@ -53,11 +53,7 @@ pub(crate) fn prepare_blocks(
     blocks: FileBlocks<'_>,
 ) -> Result<Prepared, PrepareError> {
     check_store(core, blocks.file, op)?;
-    let set = BlockSet {
-        layout: blocks.layout,
-        ids: blocks.ids,
-        layers: blocks.layers,
-    };
+    let set = BlockSet::new(blocks.layout, blocks.ids, blocks.layers);
     let pair = pair_blocks(core, local, || Ok(region()), set)?;
     finish(core, blocks.file, op, vec![pair], blocks.durable)
 }

@@ -99,22 +99,18 @@ pub(crate) fn prepare_objects(
     };
     let set = SetPair {
         local_region,
-        local: BlockSet {
-            layout: local.layout,
-            ids: local.ids,
-            layers: local.layers,
-        },
+        local: BlockSet::new(local.layout, local.ids, local.layers),
         remote_region: Arc::new(RemoteRegion::new(
             RegionId(0),
             i64::MAX.unsigned_abs(),
             RemoteAccess::Open,
             RemoteMemory::Stored,
         )),
-        remote: BlockSet {
+        remote: BlockSet::new(
             layout,
-            ids: BlockIds::span(0, count).ok_or(PrepareError::Empty)?,
-            layers: 0..layers,
-        },
+            BlockIds::span(0, count).ok_or(PrepareError::Empty)?,
+            0..layers,
+        ),
         order: Order::BlockMajor,
     };
     let measured = measure(op, std::slice::from_ref(&set))?;
