@@ -5,6 +5,7 @@
 //! figures they bound, because machines and their neighbours change. `--quick` ends in under 30 s.
 //!
 //! * [`transfer`]: block transfers between processes.
+//! * [`transfer::qualify`]: everything that the GPUs of a node do for block transfers.
 //! * [`engine`]: prefill and decode speed of the native engine.
 //! * [`serve`]: load on any OpenAI-compatible server.
 //!
@@ -32,6 +33,8 @@ pub enum BenchCommand {
     Serve(serve::ServeArgs),
     /// Move blocks between agents and measure bandwidth, latency and what it costs.
     Transfer(Box<transfer::TransferArgs>),
+    /// Check and time everything that GPUs of this node do for block transfers, in minutes.
+    Gpu(transfer::GpuArgs),
     /// The other process of `bench transfer`; takes its orders on standard input.
     #[command(hide = true)]
     TransferPeer,
@@ -46,6 +49,7 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
         BenchCommand::Engine(args) => engine::run(&args),
         BenchCommand::Serve(args) => serve::run(&args),
         BenchCommand::Transfer(args) => transfer::run(&args),
+        BenchCommand::Gpu(args) => transfer::qualify(&args),
         BenchCommand::TransferPeer => transfer::run_peer(),
     }
 }

@@ -33,6 +33,41 @@ fn main() -> anyhow::Result<()> {
         stdout(),
         "test four_processes_move_bytes_between_all_of_them ... ok"
     )?;
+    the_qualification_of_gpus_can_be_rehearsed()?;
+    writeln!(
+        stdout(),
+        "test the_qualification_of_gpus_can_be_rehearsed ... ok"
+    )?;
+    Ok(())
+}
+
+/// Every row runs, with host memory in place of devices.
+fn the_qualification_of_gpus_can_be_rehearsed() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("rows.jsonl");
+    let output = std::process::Command::new(std::env::current_exe()?)
+        .args(["bench", "gpu", "--rehearse", "--out"])
+        .arg(&file)
+        .output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let records: Vec<Value> = std::fs::read_to_string(&file)?
+        .lines()
+        .map(serde_json::from_str)
+        .collect::<Result<_, _>>()?;
+    for metric in [
+        "bandwidth_gb_per_s",
+        "arrival_us",
+        "latency_us",
+        "post_cpu_us",
+    ] {
+        assert!(
+            records.iter().any(|record| record["metric"] == metric),
+            "no {metric}"
+        );
+    }
+    let failed: Vec<_> = records.iter().filter(|r| r["metric"] == "failed").collect();
+    assert!(failed.is_empty(), "{failed:?}");
     Ok(())
 }
 

@@ -36,7 +36,7 @@ pub enum ArenaError {
         /// Its size.
         bytes: usize,
         /// What is wrong.
-        source: RegisterError,
+        source: Box<RegisterError>,
     },
 }
 
@@ -65,7 +65,7 @@ impl KvArena {
             .map_err(|source| ArenaError::Memory {
                 label: label.to_owned(),
                 bytes,
-                source,
+                source: Box::new(source),
             })?;
         Ok(Arc::new(Self {
             layout,

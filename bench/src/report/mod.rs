@@ -45,6 +45,9 @@ pub struct Record {
     pub peer: Option<f64>,
     /// `value / peer`, or `value / limit` where no competitor ran.
     pub ratio: Option<f64>,
+    /// What the figure ought to reach, where there is such a value.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub goal: Option<f64>,
     /// 90th percentile, where it was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub p90: Option<f64>,
@@ -88,6 +91,7 @@ impl Record {
             limit: None,
             peer: None,
             ratio: None,
+            goal: None,
             p90: None,
             p999: None,
             max: None,

@@ -3,11 +3,13 @@
 use std::{path::PathBuf, time::Duration};
 
 use anyhow::{bail, ensure};
+use blockplane_transfer::{CudaReport, CudaUnavailable, probe_cuda};
 
 use super::{
     case::{Case, LaneName, Memory, OpName, Pattern, Shape, Size},
+    cluster::Places,
     job::Rounds,
-    link::Settings,
+    link::{DeviceSettings, Settings, Sharing},
     model::{Cut, DTypeName, Model, Order},
     plot::Drawing,
     scheme::{Scheme, Topology},
@@ -53,6 +55,9 @@ Examples:
       blockplane bench transfer --model-config MODEL/config.json --tokens 8192 --per-layer
   Files beside fio:
       blockplane bench transfer --to file:/data
+  Scattered blocks from one GPU to another with 4, 16 and 64 multiprocessors:
+      blockplane bench transfer --from cuda:0 --to cuda:1 --block-bytes 4k,32k --counts 16384 \
+          --patterns scattered --arena-mib 1024 --sms 4,16,64
 
 Every figure stands beside a limit of the same run; docs/benchmarks.md says what the columns mean.";
 
@@ -166,7 +171,7 @@ pub struct TransferArgs {
         help_heading = "Blocks"
     )]
     pub patterns: Vec<Pattern>,
-    /// Memory of the initiators: arena, host.
+    /// Memory of the initiators: arena, host, cuda:N (a GPU; host is then a pinned arena).
     #[arg(
         long,
         value_name = "KIND",
@@ -174,7 +179,7 @@ pub struct TransferArgs {
         help_heading = "Blocks"
     )]
     pub from: Memory,
-    /// Memory of the targets: arena, host, file:PATH.
+    /// Memory of the targets: arena, host, cuda:N, file:PATH.
     #[arg(
         long,
         value_name = "KIND",
@@ -185,6 +190,29 @@ pub struct TransferArgs {
     /// Memory of each process, in MiB; twice as much again is taken for the limits.
     #[arg(long, default_value_t = 256, help_heading = "Blocks")]
     pub arena_mib: usize,
+
+    /// Multiprocessors that a transfer may occupy; each number is measured [default: the agent's].
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "LIST",
+        help_heading = "GPUs"
+    )]
+    pub sms: Vec<u32>,
+    /// The device that is written to does the work of a write, pulling instead of being pushed to.
+    #[arg(long, help_heading = "GPUs")]
+    pub pull_writes: bool,
+    /// How processes get at each other's device memory.
+    #[arg(
+        long,
+        value_enum,
+        default_value = "file-descriptor",
+        help_heading = "GPUs"
+    )]
+    pub sharing: Sharing,
+    /// Folder for compiled kernels [default: one that goes away with the benchmark].
+    #[arg(long, value_name = "FOLDER", help_heading = "GPUs")]
+    pub kernel_cache: Option<PathBuf>,
 
     /// Posting threads of each initiator.
     #[arg(long, default_value_t = 1, value_name = "N", help_heading = "Posting")]
@@ -282,8 +310,16 @@ impl TransferArgs {
         let topology = Topology::new(args.scheme, args.initiators, args.targets)?;
         let single = topology.pairs() == 1;
         let model = args.model()?;
+        let report = args.devices()?;
         if args.lanes.is_empty() {
-            args.lanes = if args.in_process {
+            args.lanes = if report.is_some() {
+                let lane = if args.in_process {
+                    LaneName::Loopback
+                } else {
+                    LaneName::Shm
+                };
+                vec![lane]
+            } else if args.in_process {
                 vec![LaneName::Loopback, LaneName::Tcp]
             } else {
                 vec![LaneName::Shm, LaneName::Tcp]
@@ -307,8 +343,9 @@ impl TransferArgs {
             args.quicken();
         }
         args.check()?;
+        args.check_devices(report.as_ref())?;
         let sections = match &args.measure[..] {
-            [] if single && model.is_none() => vec![
+            [] if single && model.is_none() && report.is_none() => vec![
                 Section::Blocks,
                 Section::Notify,
                 Section::Make,
@@ -326,6 +363,12 @@ impl TransferArgs {
             settings: Settings {
                 tcp_streams: args.tcp_streams,
                 copy_threads: args.copy_threads,
+                device: DeviceSettings {
+                    engine: false,
+                    pull_writes: args.pull_writes,
+                    sharing: args.sharing,
+                    kernel_cache: args.kernel_cache.clone(),
+                },
             },
             args,
             topology,
@@ -363,6 +406,66 @@ impl TransferArgs {
         Model::read(path, cut).map(Some)
     }
 
+    /// The devices of this machine, if the transfers need any; `host` then means pinned memory.
+    fn devices(&mut self) -> anyhow::Result<Option<CudaReport>> {
+        let devices = [self.from.device(), self.to.device()];
+        let Some(near) = devices.into_iter().flatten().next() else {
+            for (option, given) in [
+                ("--sms", !self.sms.is_empty()),
+                ("--pull-writes", self.pull_writes),
+                ("--sharing handle", self.sharing == Sharing::Handle),
+            ] {
+                ensure!(
+                    !given,
+                    "{option} is about device memory; add --from cuda:N or --to cuda:N"
+                );
+            }
+            return Ok(None);
+        };
+        let report = probe_cuda()?;
+        for device in devices.into_iter().flatten() {
+            if report.devices.iter().all(|one| one.ordinal != device) {
+                let devices = u32::try_from(report.devices.len()).unwrap_or(u32::MAX);
+                return Err(CudaUnavailable::UnknownDevice { device, devices }.into());
+            }
+        }
+        for side in [&mut self.from, &mut self.to] {
+            if matches!(side, Memory::Arena | Memory::Host) {
+                *side = Memory::Pinned(near);
+            }
+        }
+        Ok(Some(report))
+    }
+
+    fn check_devices(&self, report: Option<&CudaReport>) -> anyhow::Result<()> {
+        let Some(report) = report else {
+            return Ok(());
+        };
+        ensure!(
+            !self.lanes.contains(&LaneName::Tcp),
+            "the tcp lane does not reach device memory; accepted for --lanes: shm, or loopback with \
+             --in-process"
+        );
+        ensure!(
+            !self.measure.contains(&Section::Setup),
+            "--measure setup is about host memory; `blockplane bench gpu` times the registration of \
+             device memory"
+        );
+        let most = report
+            .devices
+            .iter()
+            .map(|device| device.multiprocessors)
+            .max()
+            .unwrap_or(0);
+        for &sms in &self.sms {
+            ensure!(
+                (1..=most).contains(&sms),
+                "--sms {sms}: accepted: 1 to {most}"
+            );
+        }
+        Ok(())
+    }
+
     fn quicken(&mut self) {
         self.case_ms = self.case_ms.min(60);
         self.arena_mib = self.arena_mib.min(64);
@@ -379,7 +482,7 @@ impl TransferArgs {
         );
         if let Memory::File(path) = &self.from {
             bail!(
-                "--from file:{}: initiators have memory; accepted: arena, host",
+                "--from file:{}: initiators have memory; accepted: arena, host, cuda:N",
                 path.display()
             );
         }
@@ -473,6 +576,30 @@ impl Effective {
         let lots = u32::try_from(lots).unwrap_or(u32::MAX);
         let each = model.blocks().saturating_add(model.blocks().div_ceil(4));
         each.saturating_mul(lots)
+    }
+
+    /// The first device that takes part.
+    pub(super) fn device(&self) -> Option<u32> {
+        let args = &self.args;
+        args.from.device().or_else(|| args.to.device())
+    }
+
+    /// Multiprocessors to measure with; none is the agent's default.
+    pub(super) fn budgets(&self) -> Vec<Option<u32>> {
+        match &self.args.sms[..] {
+            [] => vec![None],
+            some => some.iter().copied().map(Some).collect(),
+        }
+    }
+
+    pub(super) fn places(&self, lane: LaneName) -> Places {
+        Places {
+            lane,
+            from: vec![self.args.from.clone()],
+            to: vec![self.args.to.clone()],
+            bytes: self.bytes(),
+            settings: self.settings.clone(),
+        }
     }
 
     pub(super) fn rounds(&self) -> Rounds {

@@ -1,6 +1,6 @@
 //! What is measured: lanes, operations, memory kinds, and which blocks move where.
 
-use std::{ops::Range, path::PathBuf, str::FromStr, sync::Arc};
+use std::{borrow::Cow, ops::Range, path::PathBuf, str::FromStr, sync::Arc};
 
 use anyhow::bail;
 use blockplane_transfer::{BlockIds, BlockLayout, Lane, Op};
@@ -20,7 +20,7 @@ pub enum LaneName {
 }
 
 /// A direction to measure.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OpName {
     /// From the initiator's memory into the target's.
@@ -47,6 +47,11 @@ pub enum Memory {
     Arena,
     /// Ordinary memory of the process, registered with the agent.
     Host,
+    /// An arena that is pinned for this device, which is what `host` means when the other side is a
+    /// device.
+    Pinned(u32),
+    /// Memory of this device.
+    Device(u32),
     /// A file at this path (the target's side only).
     File(PathBuf),
 }
@@ -253,20 +258,35 @@ impl FromStr for Memory {
         match text {
             "arena" => Ok(Self::Arena),
             "host" => Ok(Self::Host),
-            _ => match text.strip_prefix("file:") {
-                Some(path) if !path.is_empty() => Ok(Self::File(path.into())),
-                _ => bail!("'{text}' is no kind of memory; accepted: arena, host, file:PATH"),
+            _ => match text.split_once(':') {
+                Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+                Some(("cuda", number)) => match number.parse() {
+                    Ok(device) => Ok(Self::Device(device)),
+                    Err(_) => bail!("'{text}': devices are numbered cuda:0, cuda:1, ..."),
+                },
+                _ => {
+                    bail!("'{text}' is no kind of memory; accepted: arena, host, cuda:N, file:PATH")
+                }
             },
         }
     }
 }
 
 impl Memory {
-    pub(super) const fn as_str(&self) -> &'static str {
+    pub(super) fn name(&self) -> Cow<'static, str> {
         match self {
-            Self::Arena => "arena",
-            Self::Host => "host",
-            Self::File(_) => "file",
+            Self::Arena => "arena".into(),
+            Self::Host => "host".into(),
+            Self::Pinned(_) => "pinned".into(),
+            Self::Device(device) => format!("cuda:{device}").into(),
+            Self::File(_) => "file".into(),
+        }
+    }
+
+    pub(super) const fn device(&self) -> Option<u32> {
+        match self {
+            Self::Device(device) => Some(*device),
+            Self::Arena | Self::Host | Self::Pinned(_) | Self::File(_) => None,
         }
     }
 }
@@ -349,7 +369,8 @@ mod tests {
         assert_eq!("host".parse::<Memory>().unwrap(), Memory::Host);
         let file = "file:/data/kv".parse::<Memory>().unwrap();
         assert_eq!(file, Memory::File("/data/kv".into()));
-        for bad in ["", "file:", "gpu"] {
+        assert_eq!("cuda:1".parse::<Memory>().unwrap(), Memory::Device(1));
+        for bad in ["", "file:", "gpu", "cuda", "cuda:", "cuda:-1", "cuda:x"] {
             assert!(bad.parse::<Memory>().is_err(), "{bad}");
         }
     }

@@ -9,7 +9,7 @@ use super::{
     case::{Case, LaneName, Lot, Memory, OpName, Slice},
     job::{Job, Ran, Rounds},
     limits::gb_per_s,
-    link::{Address, Command, Link, Reply, unexpected},
+    link::{Address, Command, Link, Reply, Settings, unexpected},
     node::process_cpu,
     ping::Pings,
     scheme::Topology,
@@ -23,6 +23,31 @@ pub(super) struct Cluster {
     initiators: Vec<Link>,
     targets: Vec<Link>,
     seed: u64,
+}
+
+/// Where the agents of a cluster live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Hosts {
+    /// In threads of this process.
+    Threads,
+    /// In processes of their own; a single initiator in this one.
+    Processes,
+    /// In processes of their own, all of them.
+    Apart,
+    /// All in one other process.
+    Together,
+}
+
+/// What agents are started with.
+#[derive(Clone, Debug)]
+pub(super) struct Places {
+    pub(super) lane: LaneName,
+    /// Memory of the initiators, in turn.
+    pub(super) from: Vec<Memory>,
+    /// Memory of the targets, in turn.
+    pub(super) to: Vec<Memory>,
+    pub(super) bytes: usize,
+    pub(super) settings: Settings,
 }
 
 /// Figures of one case.
@@ -41,10 +66,25 @@ pub(super) struct Measured {
     pub(super) make: Samples,
     pub(super) post: Samples,
     pub(super) post_cpu: Samples,
+    /// Microseconds of the poster's processor time for each post.
+    pub(super) post_cpu_us: Samples,
+    /// Microseconds from each post until its notification was taken, where there is one.
+    pub(super) arrival: Samples,
     /// Initiator, target and GB/s of each pair.
     pub(super) pairs: Vec<(usize, usize, f64)>,
     /// How a transfer was planned.
     pub(super) reason: String,
+}
+
+/// When contents are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Check {
+    /// Never.
+    Never,
+    /// Before the first measured transfer.
+    Once,
+    /// And again after the last.
+    Twice,
 }
 
 /// How a case is run.
@@ -54,13 +94,33 @@ pub(super) struct Way {
     pub(super) depth: usize,
     pub(super) prepared: bool,
     pub(super) per_layer: bool,
-    pub(super) check: bool,
+    pub(super) check: Check,
     pub(super) post_cpu: bool,
+    pub(super) notify: bool,
+    pub(super) sms: Option<u32>,
+    pub(super) pace: Option<f64>,
     pub(super) warmup: u32,
     pub(super) rounds: Rounds,
 }
 
 impl Way {
+    /// One transfer at a time by one thread, prepared once, for about so long.
+    pub(super) const fn alone(check: Check, rounds: Rounds) -> Self {
+        Self {
+            threads: 1,
+            depth: 1,
+            prepared: true,
+            per_layer: false,
+            check,
+            post_cpu: false,
+            notify: false,
+            sms: None,
+            pace: None,
+            warmup: 3,
+            rounds,
+        }
+    }
+
     /// As the options say.
     pub(super) fn new(effective: &Effective) -> Self {
         let args = &effective.args;
@@ -69,8 +129,15 @@ impl Way {
             depth: args.depth,
             prepared: args.prepared == Prepared::Yes,
             per_layer: args.per_layer,
-            check: !args.no_check,
-            post_cpu: false,
+            check: if args.no_check {
+                Check::Never
+            } else {
+                Check::Twice
+            },
+            post_cpu: effective.device().is_some(),
+            notify: false,
+            sms: None,
+            pace: None,
             warmup: args.warmup,
             rounds: effective.rounds(),
         }
@@ -79,49 +146,49 @@ impl Way {
 
 impl Cluster {
     /// Starts the processes; the only initiator of a benchmark is this process itself.
-    pub(super) fn start(effective: &Effective) -> anyhow::Result<Self> {
-        let topology = effective.topology;
-        let link = || {
-            if effective.args.in_process {
-                Link::thread()
-            } else {
-                Link::process()
-            }
+    pub(super) fn start(topology: Topology, hosts: Hosts, seed: u64) -> anyhow::Result<Self> {
+        let link = || match hosts {
+            Hosts::Threads => Link::thread(),
+            Hosts::Processes | Hosts::Apart | Hosts::Together => Link::process(),
         };
-        let targets = (0..topology.targets)
+        let targets: Vec<Link> = (0..topology.targets)
             .map(|_| link())
             .collect::<anyhow::Result<_>>()?;
-        let initiators = if topology.initiators == 1 {
-            vec![Link::here()]
-        } else {
-            (0..topology.initiators)
-                .map(|_| link())
-                .collect::<anyhow::Result<_>>()?
+        let initiators = match (hosts, topology.initiators) {
+            (Hosts::Together, _) => targets.iter().map(Link::partner).collect(),
+            (Hosts::Threads | Hosts::Processes, 1) => vec![Link::here()],
+            (Hosts::Threads | Hosts::Processes | Hosts::Apart, number) => {
+                (0..number).map(|_| link()).collect::<anyhow::Result<_>>()?
+            }
         };
         Ok(Self {
             topology,
             initiators,
             targets,
-            seed: effective.args.seed,
+            seed,
         })
+    }
+
+    /// Waits for no answer after this moment.
+    pub(super) fn set_deadline(&mut self, until: Option<Instant>) {
+        for link in self.initiators.iter_mut().chain(&mut self.targets) {
+            link.set_deadline(until);
+        }
     }
 
     /// Starts agents that offer one lane and connects them. Returns how to reach the first target
     /// and why the first initiator reaches it over this lane.
-    pub(super) fn open(
-        &mut self,
-        lane: LaneName,
-        effective: &Effective,
-    ) -> anyhow::Result<(Address, String)> {
+    pub(super) fn open(&mut self, places: &Places) -> anyhow::Result<(Address, String)> {
         let start =
-            |links: &mut [Link], kind: &str, memory: &Memory| -> anyhow::Result<Vec<Address>> {
-                for (i, link) in links.iter_mut().enumerate() {
+            |links: &mut [Link], kind: &str, memory: &[Memory]| -> anyhow::Result<Vec<Address>> {
+                let memory = memory.iter().cycle();
+                for (i, (link, memory)) in links.iter_mut().zip(memory).enumerate() {
                     link.send(Command::Start {
                         name: format!("bench-{kind}-{i}"),
-                        lane,
+                        lane: places.lane,
                         memory: memory.clone(),
-                        bytes: effective.bytes(),
-                        settings: effective.settings,
+                        bytes: places.bytes,
+                        settings: places.settings.clone(),
                     })?;
                 }
                 links
@@ -132,8 +199,8 @@ impl Cluster {
                     })
                     .collect()
             };
-        let targets = start(&mut self.targets, "target", &effective.args.to)?;
-        let initiators = start(&mut self.initiators, "initiator", &effective.args.from)?;
+        let targets = start(&mut self.targets, "target", &places.to)?;
+        let initiators = start(&mut self.initiators, "initiator", &places.from)?;
         let topology = self.topology;
         let of = |all: &[Address], some: Vec<usize>| Command::Connect {
             peers: some.into_iter().map(|i| all[i].clone()).collect(),
@@ -155,7 +222,7 @@ impl Cluster {
     }
 
     /// Asks the first target how to reach it.
-    pub(super) fn describe(&mut self) -> anyhow::Result<Address> {
+    pub(super) fn describe(&self) -> anyhow::Result<Address> {
         match self.targets[0].ask(Command::Describe)? {
             Reply::Started { address } => Ok(address),
             other => Err(unexpected(&other)),
@@ -200,8 +267,7 @@ impl Cluster {
         Ok(all)
     }
 
-    /// Measures one case and checks that it moves every byte to its place, before the first run
-    /// and after the last.
+    /// Measures one case and checks that it moves every byte to its place.
     pub(super) fn measure(
         &mut self,
         op: OpName,
@@ -209,23 +275,25 @@ impl Cluster {
         way: Way,
     ) -> anyhow::Result<Measured> {
         let lots = self.lots(case, way)?;
-        if way.check {
-            self.check(op, &lots, way)?;
-        } else {
+        if way.check == Check::Never {
             self.fill(op, &lots)?;
+        } else {
+            self.check(op, &lots, way)?;
         }
 
-        if way.per_layer {
+        let notifying = way.per_layer || way.notify;
+        if notifying {
             self.drain()?;
         }
         let ran = self.run(op, &lots, way, 20, way.warmup, way.rounds)?;
-        if way.per_layer {
-            self.drained(case, &lots, way, &ran)?;
+        let mut taken = Vec::new();
+        if notifying {
+            taken = self.drained(case, &lots, way, &ran)?;
         }
-        if way.check {
+        if way.check == Check::Twice {
             self.check(op, &lots, way)?;
         }
-        Ok(self.summarise(case, &lots, way, ran))
+        Ok(self.summarise(case, &lots, way, ran, &taken))
     }
 
     fn run(
@@ -245,6 +313,9 @@ impl Cluster {
                 prepared: way.prepared,
                 per_layer: way.per_layer,
                 post_cpu: way.post_cpu,
+                notify: way.notify,
+                sms: way.sms,
+                pace: way.pace,
                 makes,
                 warmup,
                 rounds,
@@ -288,11 +359,12 @@ impl Cluster {
             destination.tell(Command::Clear { side })
         })?;
         self.fill(op, lots)?;
-        if way.per_layer {
+        let notifying = way.per_layer || way.notify;
+        if notifying {
             self.drain()?;
         }
         self.run(op, lots, way, 0, 0, Rounds::Exactly(1))?;
-        if way.per_layer {
+        if notifying {
             for target in &mut self.targets {
                 target.ask(Command::Drained)?;
             }
@@ -344,33 +416,43 @@ impl Cluster {
         Ok(())
     }
 
-    /// Every layer of every transfer must have brought its notification.
+    /// Every layer of every transfer, or every transfer, must have brought its notification.
+    /// Returns when each was taken.
     fn drained(
         &mut self,
         case: &Case,
         lots: &[Vec<Lot>],
         way: Way,
         ran: &[Ran],
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<Vec<u64>> {
         let warm: usize = lots.iter().map(Vec::len).sum();
         let measured: u64 = ran.iter().flat_map(|ran| &ran.rounds).sum();
         let transfers = measured + warm as u64 * u64::from(way.warmup);
-        let expected = transfers * u64::from(case.shape.layers);
-        let mut arrived = 0;
+        let each = if way.per_layer { case.shape.layers } else { 1 };
+        let expected = transfers * u64::from(each);
+        let mut taken = Vec::new();
         for target in &mut self.targets {
             match target.ask(Command::Drained)? {
-                Reply::Notifications { count } => arrived += count,
+                Reply::Notifications { nanos } => taken.extend(nanos),
                 other => return Err(unexpected(&other)),
             }
         }
+        let arrived = taken.len() as u64;
         ensure!(
             arrived == expected,
             "{arrived} notifications arrived of {expected}"
         );
-        Ok(())
+        Ok(taken)
     }
 
-    fn summarise(&self, case: &Case, lots: &[Vec<Lot>], way: Way, ran: Vec<Ran>) -> Measured {
+    fn summarise(
+        &self,
+        case: &Case,
+        lots: &[Vec<Lot>],
+        way: Way,
+        ran: Vec<Ran>,
+        taken: &[u64],
+    ) -> Measured {
         let bytes = u64::from(case.count) * case.shape.block_bytes();
         let blocks = f64::from(case.count);
         let per_block = |of: fn(&Ran) -> &Vec<f64>| -> Samples {
@@ -404,8 +486,19 @@ impl Cluster {
         } else {
             Samples::default()
         };
+        // Of a single lot, notifications come in the order of the posts; those of the warm-up first.
+        let measured = taken.iter().skip(way.warmup as usize);
+        let posted = ran.iter().flat_map(|ran| &ran.posted_nanos);
+        let arrival = measured
+            .zip(posted)
+            .filter(|_| alone && way.notify)
+            .map(|(taken, posted)| taken.saturating_sub(*posted) as f64 / 1e3)
+            .collect();
+        let post_cpu_us = ran.iter().flat_map(|ran| &ran.post_cpu).copied().collect();
         Measured {
             bandwidth,
+            post_cpu_us,
+            arrival,
             each,
             transfers,
             latency,
@@ -421,7 +514,7 @@ impl Cluster {
     }
 
     /// One-way latency of notifications between the first two, in microseconds.
-    pub(super) fn ping(&mut self, pings: &Pings) -> anyhow::Result<Samples> {
+    pub(super) fn ping(&self, pings: &Pings) -> anyhow::Result<Samples> {
         self.targets[0].send(Command::Echo(pings.clone()))?;
         let reply = self.initiators[0].ask(Command::Ping(pings.clone()))?;
         match self.targets[0].answer()? {
@@ -436,8 +529,8 @@ impl Cluster {
 
     /// Processor time of this process and of the first target while connected and idle, in percent
     /// of one core.
-    pub(super) fn idle_cpu(&mut self, time: Duration) -> anyhow::Result<[f64; 2]> {
-        let target = &mut self.targets[0];
+    pub(super) fn idle_cpu(&self, time: Duration) -> anyhow::Result<[f64; 2]> {
+        let target = &self.targets[0];
         let remote_before = remote_cpu(target)?;
         let local_before = process_cpu();
         let start = Instant::now();
@@ -455,7 +548,7 @@ impl Cluster {
     }
 }
 
-fn remote_cpu(link: &mut Link) -> anyhow::Result<Duration> {
+fn remote_cpu(link: &Link) -> anyhow::Result<Duration> {
     match link.ask(Command::Cpu)? {
         Reply::Cpu { nanos } => Ok(Duration::from_nanos(nanos)),
         other => Err(unexpected(&other)),

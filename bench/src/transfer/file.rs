@@ -17,8 +17,8 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use blockplane_transfer::{
-    Agent, AgentConfig, ArenaConfig, BlockLayout, DirectIo, FileBlocks, FileConfig, FileStore,
-    LocalBlocks, Op, PostOptions, Registration, Transfer,
+    Agent, BlockLayout, DirectIo, FileBlocks, FileConfig, FileStore, LocalBlocks, Op, PostOptions,
+    Registration, Transfer,
 };
 use rand::{
     Rng, RngExt, SeedableRng,
@@ -26,7 +26,14 @@ use rand::{
 };
 use serde_json::{Value, json};
 
-use super::{TransferArgs, case::OpName, limits::gb_per_s, node::process_cpu, out::BENCH};
+use super::{
+    args::Effective,
+    case::OpName,
+    limits::gb_per_s,
+    memory,
+    node::{self, process_cpu},
+    out::BENCH,
+};
 use crate::report::{Record, Report, Samples, Table, case};
 
 /// Longer than any transfer takes.
@@ -43,10 +50,11 @@ const TRANSFERS: usize = 3;
 /// # Errors
 /// When the file cannot be used, or bytes arrive wrong.
 pub(super) fn run<W: Write>(
-    args: &TransferArgs,
+    effective: &Effective,
     path: &Path,
     report: &mut Report<W>,
 ) -> anyhow::Result<()> {
+    let args = &effective.args;
     let file = Scratch::new(path)?;
     let (bytes, rounds, time) = if args.quick {
         (256u64 << 20, 1, Duration::from_millis(300))
@@ -69,7 +77,7 @@ pub(super) fn run<W: Write>(
     ]);
     let mut described = false;
     for (block_bytes, in_flight) in CASES {
-        let mut ours = Ours::open(&file.path, bytes, block_bytes, in_flight, args.seed)?;
+        let mut ours = Ours::open(&file.path, bytes, block_bytes, in_flight, effective)?;
         if !described {
             report.note(&format!(
                 "\nfile {}: {}",
@@ -95,6 +103,7 @@ pub(super) fn run<W: Write>(
             }
             let place = [
                 ("lane", json!("file")),
+                ("from", json!(args.from.name())),
                 ("op", json!(op.as_str())),
                 ("block_bytes", json!(block_bytes)),
                 ("in_flight", json!(in_flight)),
@@ -181,13 +190,15 @@ impl Ours {
         bytes: u64,
         block_bytes: u32,
         count: u32,
-        seed: u64,
+        effective: &Effective,
     ) -> anyhow::Result<Self> {
-        let mut config = AgentConfig::new("bench-file");
+        let seed = effective.args.seed;
+        let mut config = node::config("bench-file", &effective.settings);
         config.storage.file_queue_depth = count;
         let agent = Agent::new(config)?;
         let arena = block_bytes as usize * count as usize * TRANSFERS;
-        let arena = agent.allocate(ArenaConfig::new(arena, "bench-file"))?;
+        let from = &effective.args.from;
+        let arena = memory::register(&agent, from, arena, effective.settings.device.sharing)?;
         let config = FileConfig::new(path)
             .create(bytes)
             .with_direct(DirectIo::Auto);

@@ -32,6 +32,12 @@ pub(super) struct Job {
     pub(super) per_layer: bool,
     /// Also take the processor time of each post, which costs as much as a short post itself.
     pub(super) post_cpu: bool,
+    /// A notification with each lot.
+    pub(super) notify: bool,
+    /// Multiprocessors of each transfer, instead of the agent's.
+    pub(super) sms: Option<u32>,
+    /// Posts no faster than this many GB/s, all threads together.
+    pub(super) pace: Option<f64>,
     /// How often the first lot is prepared before, to see how long that takes.
     pub(super) makes: u32,
     /// Unmeasured rounds before.
@@ -67,6 +73,8 @@ pub(super) struct Ran {
     /// Microseconds from the first post of a lot to the completion of all of it; with the
     /// preparation where that is part of every round.
     pub(super) transfer: Vec<f64>,
+    /// When each lot was posted, by the clock that all processes share.
+    pub(super) posted_nanos: Vec<u64>,
     /// How the first lot was planned.
     pub(super) reason: String,
     /// Contiguous pieces of the first lot after merging.
@@ -120,6 +128,7 @@ impl Ran {
         self.post.extend(other.post);
         self.post_cpu.extend(other.post_cpu);
         self.transfer.extend(other.transfer);
+        self.posted_nanos.extend(other.posted_nanos);
         if self.reason.is_empty() {
             self.reason = other.reason;
             self.pieces = other.pieces;
@@ -228,6 +237,9 @@ impl<'a> Thread<'a> {
             self.post(lot)?;
         }
         let mut posted = lots;
+        // When the next one is due.
+        let gap = self.gap();
+        let mut due = start + gap * u32::try_from(lots).unwrap_or(u32::MAX);
         while let Some(lot) = self.finish()? {
             let again = match rounds {
                 Rounds::Exactly(rounds) => posted < rounds as usize * lots,
@@ -236,6 +248,11 @@ impl<'a> Thread<'a> {
                 }
             };
             if again {
+                while Instant::now() < due {
+                    std::hint::spin_loop();
+                }
+                // Time that was lost is not made up for.
+                due = due.max(Instant::now() - gap) + gap;
                 self.post(lot)?;
                 posted += 1;
             }
@@ -243,8 +260,20 @@ impl<'a> Thread<'a> {
         Ok(())
     }
 
+    /// Time between the posts of this thread.
+    fn gap(&self) -> Duration {
+        let (Some(rate), Some(lot)) = (self.job.pace, self.lots.first()) else {
+            return Duration::ZERO;
+        };
+        let share = rate / self.job.threads as f64;
+        Duration::from_secs_f64(lot.local.bytes() as f64 / 1e9 / share)
+    }
+
     fn post(&mut self, lot: usize) -> anyhow::Result<()> {
         let start = Instant::now();
+        if self.job.notify && self.ran.posted_nanos.len() < SAMPLES_MAX {
+            self.ran.posted_nanos.push(shared_clock_nanos());
+        }
         if !self.job.prepared {
             self.prepared[lot] = self.prepare(self.lots[lot])?;
         }
@@ -256,6 +285,11 @@ impl<'a> Thread<'a> {
             let mut options = PostOptions::within(PATIENCE);
             if self.job.per_layer {
                 options = options.notify("layer");
+            } else if self.job.notify {
+                options = options.notify("all");
+            }
+            if let Some(sms) = self.job.sms {
+                options = options.sms(sms);
             }
             transfers.push(step.post(options)?);
         }

@@ -1,11 +1,14 @@
 //! The processes of a benchmark: what they are told, what they answer, and how both travel.
 
 use std::{
+    cell::RefCell,
     io::{self, BufRead, BufReader, Write},
+    path::PathBuf,
     process::{Child, Stdio},
+    rc::Rc,
     sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail, ensure};
@@ -58,13 +61,39 @@ pub(super) enum Command {
     Cpu,
     /// Stop the agent.
     Stop,
+    /// For the other agent of this process.
+    Partner { order: Box<Self> },
 }
 
 /// Settings that all agents share.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Settings {
     pub(super) tcp_streams: Option<usize>,
     pub(super) copy_threads: Option<usize>,
+    pub(super) device: DeviceSettings,
+}
+
+/// Settings of agents that move device memory.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct DeviceSettings {
+    /// Give even small contiguous pieces to the copy engines: what they can do is the limit.
+    pub(super) engine: bool,
+    /// The side that is written to does the work of a WRITE.
+    pub(super) pull_writes: bool,
+    pub(super) sharing: Sharing,
+    /// Where compiled kernels are kept for the other processes of the run.
+    pub(super) kernel_cache: Option<PathBuf>,
+}
+
+/// How processes get at each other's device memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sharing {
+    /// Memory of `cuMemCreate`, shared as a file descriptor.
+    #[default]
+    FileDescriptor,
+    /// Memory of `cuMemAlloc`, shared by a handle of the driver.
+    Handle,
 }
 
 /// What an agent is reached by.
@@ -82,20 +111,41 @@ pub(super) struct Address {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case")]
 pub(super) enum Reply {
-    Started { address: Address },
-    Connected { reasons: Vec<String> },
+    Started {
+        address: Address,
+    },
+    Connected {
+        reasons: Vec<String>,
+    },
     Done,
-    Mismatches { runs: usize },
+    Mismatches {
+        runs: usize,
+    },
     Ran(Ran),
-    RoundTrips { micros: Vec<f64> },
-    Notifications { count: u64 },
-    Cpu { nanos: u64 },
-    Failed { message: String },
+    RoundTrips {
+        micros: Vec<f64>,
+    },
+    /// When each was taken, by the clock that all processes share.
+    Notifications {
+        nanos: Vec<u64>,
+    },
+    Cpu {
+        nanos: u64,
+    },
+    Failed {
+        message: String,
+    },
 }
 
 /// Commands out, answers in.
 #[derive(Debug)]
-pub(super) struct Link(Way);
+pub(super) struct Link {
+    way: Rc<RefCell<Way>>,
+    /// It leads to the second agent of a process.
+    partner: bool,
+    /// No answer is waited for after this.
+    until: Option<Instant>,
+}
 
 #[derive(Debug)]
 enum Way {
@@ -106,9 +156,32 @@ enum Way {
 }
 
 impl Link {
+    fn new(way: Way) -> Self {
+        Self {
+            way: Rc::new(RefCell::new(way)),
+            partner: false,
+            until: None,
+        }
+    }
+
+    /// A way to a second agent of the same process; commands to one must be answered before the
+    /// other is told something.
+    pub(super) fn partner(&self) -> Self {
+        Self {
+            way: self.way.clone(),
+            partner: true,
+            until: self.until,
+        }
+    }
+
+    /// Waits for no answer after this moment, however long the command may take.
+    pub(super) const fn set_deadline(&mut self, until: Option<Instant>) {
+        self.until = until;
+    }
+
     /// No other thread: a command is carried out when it is sent.
     pub(super) fn here() -> Self {
-        Self(Way::Here(Box::default(), None))
+        Self::new(Way::Here(Box::default(), None))
     }
 
     /// Starts this program again.
@@ -134,7 +207,7 @@ impl Link {
                     }
                 }
             })?;
-        Ok(Self(Way::Process(child, replies)))
+        Ok(Self::new(Way::Process(child, replies)))
     }
 
     /// Starts a thread of this process.
@@ -151,12 +224,19 @@ impl Link {
                     }
                 }
             })?;
-        Ok(Self(Way::Thread(commands, replies)))
+        Ok(Self::new(Way::Thread(commands, replies)))
     }
 
     /// Sends a command whose answer is taken later by [`Self::answer`].
-    pub(super) fn send(&mut self, command: Command) -> anyhow::Result<()> {
-        match &mut self.0 {
+    pub(super) fn send(&self, command: Command) -> anyhow::Result<()> {
+        let command = if self.partner {
+            Command::Partner {
+                order: Box::new(command),
+            }
+        } else {
+            command
+        };
+        match &mut *self.way.borrow_mut() {
             Way::Here(node, reply) => {
                 *reply = Some(node.handle(command));
                 Ok(())
@@ -172,14 +252,18 @@ impl Link {
     }
 
     /// Waits for the answer to the last command, which itself may take `longer`.
-    pub(super) fn answer_after(&mut self, longer: Duration) -> anyhow::Result<Reply> {
-        let reply = match &mut self.0 {
+    pub(super) fn answer_after(&self, longer: Duration) -> anyhow::Result<Reply> {
+        let mut patience = PATIENCE + longer;
+        if let Some(until) = self.until {
+            patience = patience.min(until.saturating_duration_since(Instant::now()));
+        }
+        let reply = match &mut *self.way.borrow_mut() {
             Way::Here(_, reply) => reply.take().context("nothing was asked")?,
             Way::Thread(_, replies) | Way::Process(_, replies) => {
-                match replies.recv_timeout(PATIENCE + longer) {
+                match replies.recv_timeout(patience) {
                     Ok(reply) => reply?,
                     Err(RecvTimeoutError::Timeout) => {
-                        bail!("no answer from the peer in {:?}", PATIENCE + longer)
+                        bail!("no answer from the peer in {:.1} s", patience.as_secs_f64())
                     }
                     Err(RecvTimeoutError::Disconnected) => bail!("the peer ended"),
                 }
@@ -192,17 +276,17 @@ impl Link {
     }
 
     /// Waits for the answer to the last command.
-    pub(super) fn answer(&mut self) -> anyhow::Result<Reply> {
+    pub(super) fn answer(&self) -> anyhow::Result<Reply> {
         self.answer_after(Duration::ZERO)
     }
 
-    pub(super) fn ask(&mut self, command: Command) -> anyhow::Result<Reply> {
+    pub(super) fn ask(&self, command: Command) -> anyhow::Result<Reply> {
         self.send(command)?;
         self.answer()
     }
 
     /// A command that is answered by nothing more than that it is done.
-    pub(super) fn tell(&mut self, command: Command) -> anyhow::Result<()> {
+    pub(super) fn tell(&self, command: Command) -> anyhow::Result<()> {
         match self.ask(command)? {
             Reply::Done => Ok(()),
             other => Err(unexpected(&other)),
@@ -210,9 +294,9 @@ impl Link {
     }
 }
 
-impl Drop for Link {
+impl Drop for Way {
     fn drop(&mut self) {
-        if let Way::Process(child, _) = &mut self.0 {
+        if let Self::Process(child, _) = self {
             // It ends by itself when its input ends; it has nothing to save if it does not.
             drop(child.stdin.take());
             if !matches!(child.try_wait(), Ok(Some(_))) {
@@ -229,6 +313,9 @@ impl Drop for Link {
 /// # Errors
 /// When a line is not a command or the output is closed.
 pub fn run_peer() -> anyhow::Result<()> {
+    // Whoever ends the benchmark in the middle of a command ends this process too.
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+        .context("cannot be bound to the benchmark's process")?;
     let mut node = Node::default();
     let mut out = io::stdout();
     for line in io::stdin().lock().lines() {

@@ -19,6 +19,7 @@ mod node;
 mod out;
 mod ping;
 mod plot;
+mod qualify;
 mod scheme;
 mod setup;
 
@@ -30,7 +31,7 @@ use serde_json::json;
 use self::{
     args::Effective,
     case::{Case, Shape},
-    cluster::{Cluster, Way},
+    cluster::{Check, Cluster, Hosts, Way},
     job::Rounds,
     limits::Limits,
     link::Address,
@@ -40,8 +41,9 @@ use self::{
 pub use self::{
     args::{Prepared, Section, TransferArgs},
     case::{LaneName, Memory, OpName, Pattern, Size},
-    link::run_peer,
+    link::{Sharing, run_peer},
     model::{DTypeName, Order},
+    qualify::{GpuArgs, Group, qualify},
     scheme::Scheme,
 };
 use crate::report::{Record, Report, Table};
@@ -60,15 +62,27 @@ pub fn run(args: &TransferArgs) -> anyhow::Result<()> {
 /// # Errors
 /// As for [`run`].
 pub fn run_to<W: Write>(args: &TransferArgs, report: &mut Report<W>) -> anyhow::Result<()> {
-    let effective = args.effective()?;
+    let mut effective = args.effective()?;
+    // Kernels are compiled once for all processes of the run.
+    let mut _kernels = None;
+    if effective.device().is_some() && effective.settings.device.kernel_cache.is_none() {
+        let folder = tempfile::tempdir().context("no folder for compiled kernels")?;
+        effective.settings.device.kernel_cache = Some(folder.path().to_owned());
+        _kernels = Some(folder);
+    }
     if args.csv.is_some() || args.plot.is_some() {
         report.keep();
     }
     if let Memory::File(path) = &effective.args.to {
-        file::run(&effective.args, path, report)?;
+        file::run(&effective, path, report)?;
     } else {
+        let hosts = if effective.args.in_process {
+            Hosts::Threads
+        } else {
+            Hosts::Processes
+        };
         let mut run = Run {
-            cluster: Cluster::start(&effective)?,
+            cluster: Cluster::start(effective.topology, hosts, effective.args.seed)?,
             effective: &effective,
             report,
         };
@@ -82,6 +96,14 @@ pub fn run_to<W: Write>(args: &TransferArgs, report: &mut Report<W>) -> anyhow::
         plot::write(path, report.kept())?;
     }
     Ok(())
+}
+
+/// A side, for people.
+fn place(memory: &Memory) -> String {
+    match memory {
+        Memory::Pinned(device) => format!("a pinned arena near cuda:{device}"),
+        other => other.name().into_owned(),
+    }
 }
 
 /// One run of the benchmark.
@@ -98,9 +120,20 @@ impl<W: Write> Run<'_, W> {
         if let Some(model) = &effective.model {
             self.report.note(&model.describe())?;
         }
-        let mut limits = Limits::new(effective.bytes(), &args.from, &args.to)?;
+        if effective.device().is_some() {
+            self.report.note(&format!(
+                "from {} to {}, checked byte by byte; device memory of other processes by {}",
+                place(&args.from),
+                place(&args.to),
+                match args.sharing {
+                    Sharing::FileDescriptor => "file descriptor",
+                    Sharing::Handle => "handle",
+                }
+            ))?;
+        }
+        let mut limits = Limits::new(effective)?;
         for &lane in &args.lanes {
-            let (target, reason) = self.cluster.open(lane, effective)?;
+            let (target, reason) = self.cluster.open(&effective.places(lane))?;
             self.report.note(&format!(
                 "\n{}, {} initiator(s) to {} target(s) {}, {reason}",
                 lane.as_str(),
@@ -134,8 +167,11 @@ impl<W: Write> Run<'_, W> {
     ) -> anyhow::Result<()> {
         let effective = self.effective;
         let way = Way::new(effective);
-        let mut table = out::table(limits.titles(lane), effective.topology.pairs());
+        let device = effective.device().is_some();
+        let titles = limits.titles(lane);
+        let mut table = out::table(titles, effective.topology.pairs(), device);
         let mut plans: Vec<String> = Vec::new();
+        let mut smallest = Vec::new();
         for case in effective.cases() {
             for &op in &effective.args.ops {
                 let lots = self.cluster.lots(&case, way)?;
@@ -143,20 +179,67 @@ impl<W: Write> Run<'_, W> {
                     Some(lot) => limits.measure(lane, op, lot, target, effective.budget() / 2)?,
                     None => Vec::new(),
                 };
-                let measured = self.cluster.measure(op, &case, way)?;
-                let place = effective.describe(lane, op, &case);
-                out::records(self.report, &place, &measured, &limits)?;
-                table.row(out::row(op, &case, &measured, &limits));
-                if !plans.contains(&measured.reason) {
-                    plans.push(measured.reason);
+                for sms in effective.budgets() {
+                    let way = Way { sms, ..way };
+                    let mut place = effective.describe(lane, op, &case);
+                    let mut floor = None;
+                    if device {
+                        place.insert("sms".to_owned(), json!(sms));
+                        floor = Some(self.smallest(op, way, &mut smallest)?);
+                    }
+                    let measured = self.cluster.measure(op, &case, way)?;
+                    out::records(self.report, &place, &measured, &limits, floor)?;
+                    let sms = device.then_some(sms);
+                    table.row(out::row(op, &case, &measured, &limits, sms));
+                    if !plans.contains(&measured.reason) {
+                        plans.push(measured.reason);
+                    }
                 }
             }
         }
         self.report.table(&table)?;
+        if device {
+            let shown = smallest.iter().map(|&(op, sms, micros)| {
+                let sms = sms.map_or_else(String::new, |sms| format!(" with {sms} SMs"));
+                format!("{}{sms} {micros:.1} us", op.as_str())
+            });
+            let shown: Vec<String> = shown.collect();
+            self.report.note(&format!(
+                "the smallest transfer, one block of 16 bytes: {}",
+                shown.join(", ")
+            ))?;
+        }
         for plan in plans {
             self.report.note(&format!("planned as: {plan}"))?;
         }
         Ok(())
+    }
+
+    /// Microseconds of the smallest transfer of a direction and a budget: one block of 16 bytes,
+    /// alone. Measured when it is first asked for.
+    fn smallest(
+        &mut self,
+        op: OpName,
+        way: Way,
+        known: &mut Vec<(OpName, Option<u32>, f64)>,
+    ) -> anyhow::Result<f64> {
+        let found = known.iter().find(|&&(o, sms, _)| (o, sms) == (op, way.sms));
+        if let Some(&(_, _, micros)) = found {
+            return Ok(micros);
+        }
+        let case = Case {
+            pattern: Pattern::Contiguous,
+            shape: Shape::plain(16, 1 << 20),
+            count: 1,
+            listed: false,
+        };
+        let way = Way {
+            sms: way.sms,
+            ..Way::alone(Check::Never, Rounds::Within(20_000))
+        };
+        let micros = self.cluster.measure(op, &case, way)?.latency.median();
+        known.push((op, way.sms, micros));
+        Ok(micros)
     }
 
     fn notify(&mut self, lane: LaneName) -> anyhow::Result<()> {
@@ -266,7 +349,7 @@ impl<W: Write> Run<'_, W> {
     }
 
     fn setup(&mut self, lane: LaneName) -> anyhow::Result<()> {
-        let setup = setup::measure(&mut self.cluster, lane, self.effective.settings)?;
+        let setup = setup::measure(&self.cluster, lane, &self.effective.settings)?;
         let mut table = Table::new(&["once", "us p50", "max"]);
         for (metric, title, samples) in [
             (

@@ -26,6 +26,7 @@ use super::{
 #[derive(Debug, Default)]
 pub(super) struct Node {
     active: Option<Active>,
+    partner: Option<Box<Self>>,
 }
 
 /// One that was started.
@@ -50,7 +51,7 @@ pub(super) struct Remote {
 #[derive(Debug)]
 struct Drain {
     stop: Arc<AtomicBool>,
-    thread: JoinHandle<u64>,
+    thread: JoinHandle<Vec<u64>>,
 }
 
 impl Node {
@@ -71,8 +72,9 @@ impl Node {
                 settings,
             } => {
                 self.active = None;
-                let agent = agent(&name, lane, settings)?;
-                let memory = memory::register(&agent, &memory, bytes)?;
+                let agent = agent(&name, lane, &settings)?;
+                let sharing = settings.device.sharing;
+                let memory = memory::register(&agent, &memory, bytes, sharing)?;
                 let active = self.active.insert(Active {
                     notifications: agent.notifications(),
                     agent,
@@ -85,6 +87,9 @@ impl Node {
                 return Ok(Reply::Started { address });
             }
             Command::Stop => self.active = None,
+            Command::Partner { order } => {
+                return Ok(self.partner.get_or_insert_default().handle(*order));
+            }
             Command::Cpu => {
                 let nanos = u64::try_from(process_cpu().as_nanos())?;
                 return Ok(Reply::Cpu { nanos });
@@ -119,10 +124,10 @@ impl Active {
                 let address = self.address();
                 return Ok(Reply::Started { address });
             }
-            Command::Fill { side, seed } => memory::fill(&self.memory, &side, seed),
-            Command::Clear { side } => memory::clear(&self.memory, &side),
+            Command::Fill { side, seed } => memory::fill(&self.memory, &side, seed)?,
+            Command::Clear { side } => memory::clear(&self.memory, &side)?,
             Command::Verify { side, seed } => {
-                let runs = memory::mismatches(&self.memory, &side, seed);
+                let runs = memory::mismatches(&self.memory, &side, seed)?;
                 return Ok(Reply::Mismatches { runs });
             }
             Command::Run(job) => return Ok(Reply::Ran(job::run(self, &job)?)),
@@ -134,10 +139,10 @@ impl Active {
             Command::Drain => self.drain = Some(Drain::start(&self.notifications)?),
             Command::Drained => {
                 let drain = self.drain.take().context("nothing is drained")?;
-                let count = drain.end(&self.notifications)?;
-                return Ok(Reply::Notifications { count });
+                let nanos = drain.end(&self.notifications)?;
+                return Ok(Reply::Notifications { nanos });
             }
-            Command::Start { .. } | Command::Stop | Command::Cpu => {
+            Command::Start { .. } | Command::Stop | Command::Cpu | Command::Partner { .. } => {
                 anyhow::bail!("not a command for an agent")
             }
         }
@@ -205,19 +210,19 @@ impl Drain {
         let thread = std::thread::Builder::new()
             .name("bench-drain".to_owned())
             .spawn(move || {
-                let mut count = 0;
+                let mut nanos = Vec::new();
                 loop {
                     match notifications.recv_timeout(LOOK) {
-                        Ok(_) => count += 1,
+                        Ok(_) => nanos.push(shared_clock_nanos()),
                         Err(RecvError::TimedOut) if !seen.load(Ordering::Acquire) => {}
-                        Err(RecvError::TimedOut | RecvError::Stopped(_)) => return count,
+                        Err(RecvError::TimedOut | RecvError::Stopped(_)) => return nanos,
                     }
                 }
             })?;
         Ok(Self { stop, thread })
     }
 
-    fn end(self, notifications: &Notifications) -> anyhow::Result<u64> {
+    fn end(self, notifications: &Notifications) -> anyhow::Result<Vec<u64>> {
         self.stop.store(true, Ordering::Release);
         let taken = self
             .thread
@@ -232,11 +237,29 @@ impl Drain {
 }
 
 /// Starts an agent that offers one lane only.
-pub(super) fn agent(name: &str, lane: LaneName, settings: Settings) -> anyhow::Result<Agent> {
-    let mut config = AgentConfig::new(name).with_lanes([lane.lane()]);
+pub(super) fn agent(name: &str, lane: LaneName, settings: &Settings) -> anyhow::Result<Agent> {
+    Ok(Agent::new(
+        config(name, settings).with_lanes([lane.lane()]),
+    )?)
+}
+
+/// The configuration of an agent.
+pub(super) fn config(name: &str, settings: &Settings) -> AgentConfig {
+    let mut config = AgentConfig::new(name);
     config.tcp_streams = settings.tcp_streams.unwrap_or(config.tcp_streams);
     config.copy_threads = settings.copy_threads.unwrap_or(config.copy_threads);
-    Ok(Agent::new(config)?)
+    let device = &settings.device;
+    if device.engine {
+        config.cuda.engine_bytes_min = 0;
+    }
+    config.cuda.peers_pull = device.pull_writes;
+    config.cuda.pull_writes = device.pull_writes;
+    config
+        .cuda
+        .kernels
+        .cache_folder
+        .clone_from(&device.kernel_cache);
+    config
 }
 
 /// Processor time of this process.

@@ -25,10 +25,17 @@ impl Effective {
             self.topology.initiators + self.topology.targets
         };
         let mut place = case([
-            ("lane", json!(lane.as_str())),
+            (
+                "lane",
+                json!(if self.device().is_some() {
+                    "cuda"
+                } else {
+                    lane.as_str()
+                }),
+            ),
             ("processes", json!(processes)),
-            ("from", json!(args.from.as_str())),
-            ("to", json!(args.to.as_str())),
+            ("from", json!(args.from.name())),
+            ("to", json!(args.to.name())),
         ]);
         if self.topology.pairs() > 1 {
             place.insert("scheme".to_owned(), json!(args.scheme.as_str()));
@@ -81,6 +88,7 @@ pub(super) fn records<W: Write>(
     place: &Map<String, Value>,
     measured: &Measured,
     limits: &[Limit],
+    smallest_us: Option<f64>,
 ) -> io::Result<()> {
     for limit in limits {
         report.record(&Record::new(
@@ -115,8 +123,19 @@ pub(super) fn records<W: Write>(
             report.record(&Record::new(BENCH, place, "pair_gb_per_s", "GB/s", rate, n))?;
         }
     }
-    let latency = Record::of_samples(BENCH, place.clone(), "latency_us", "us", &measured.latency);
+    let latency = Record::of_samples(BENCH, place.clone(), "latency_us", "us", &measured.latency)
+        .limit(smallest_us);
     report.record(&latency)?;
+    if !measured.post_cpu_us.is_empty() {
+        let post = Record::of_samples(
+            BENCH,
+            place.clone(),
+            "post_cpu_us",
+            "us",
+            &measured.post_cpu_us,
+        );
+        report.record(&post)?;
+    }
     making(report, place, measured)
 }
 
@@ -149,8 +168,12 @@ fn best(limits: &[Limit]) -> Option<f64> {
 }
 
 /// A table for the cases of a lane.
-pub(super) fn table(limits: &[&str], pairs: usize) -> Table {
-    let mut titles = vec!["case", "GB/s"];
+pub(super) fn table(limits: &[&str], pairs: usize, device: bool) -> Table {
+    let mut titles = vec!["case"];
+    if device {
+        titles.push("SMs");
+    }
+    titles.push("GB/s");
     titles.push(if pairs == 1 { "p99" } else { "per pair" });
     titles.extend(limits);
     titles.extend([
@@ -166,20 +189,31 @@ pub(super) fn table(limits: &[&str], pairs: usize) -> Table {
         "p99",
         "runs",
     ]);
+    if device {
+        titles.push("post cpu us");
+    }
     Table::new(&titles)
 }
 
-pub(super) fn row(op: OpName, case: &Case, measured: &Measured, limits: &[Limit]) -> Vec<String> {
-    let mut row = vec![
-        format!(
-            "{} {} x{} {}",
-            op.as_str(),
-            human_bytes(case.shape.block_bytes()),
-            case.count,
-            case.pattern.as_str()
-        ),
-        format!("{:.2}", measured.bandwidth),
-    ];
+/// `sms` where a device takes part: a budget, or the agent's own.
+pub(super) fn row(
+    op: OpName,
+    case: &Case,
+    measured: &Measured,
+    limits: &[Limit],
+    sms: Option<Option<u32>>,
+) -> Vec<String> {
+    let mut row = vec![format!(
+        "{} {} x{} {}",
+        op.as_str(),
+        human_bytes(case.shape.block_bytes()),
+        case.count,
+        case.pattern.as_str()
+    )];
+    if let Some(sms) = sms {
+        row.push(sms.map_or_else(|| "own".to_owned(), |sms| sms.to_string()));
+    }
+    row.push(format!("{:.2}", measured.bandwidth));
     row.push(match &measured.each {
         Some(each) => format!("{:.2}", each.percentile(1)),
         None => {
@@ -201,6 +235,9 @@ pub(super) fn row(op: OpName, case: &Case, measured: &Measured, limits: &[Limit]
         row.push(format!("{:.1}", samples.percentile(99)));
     }
     row.push(measured.transfers.to_string());
+    if sms.is_some() {
+        row.push(format!("{:.1}", measured.post_cpu_us.median()));
+    }
     row
 }
 

@@ -31,9 +31,9 @@ pub(super) struct Setup {
 }
 
 pub(super) fn measure(
-    cluster: &mut Cluster,
+    cluster: &Cluster,
     lane: LaneName,
-    settings: Settings,
+    settings: &Settings,
 ) -> anyhow::Result<Setup> {
     let mut setup = Setup {
         metadata: Samples::default(),

@@ -1,7 +1,8 @@
 //! What the machine allows in this very run: copies by one and two threads, copies into the other
-//! process, and raw sockets, each over the same blocks.
+//! process, raw sockets, and the copy engines of devices, each over the same blocks or bytes.
 
 mod cma;
+mod engine;
 mod memcpy;
 mod tcp;
 
@@ -9,11 +10,14 @@ use std::time::{Duration, Instant};
 
 use blockplane_transfer::{Agent, AgentConfig, Registration};
 
+use self::engine::Engine;
+pub(super) use self::engine::whole;
 use self::tcp::RawTcp;
 use super::{
+    args::Effective,
     case::{LaneName, Lot, Memory, OpName},
     job::another,
-    link::Address,
+    link::{Address, Sharing},
     memory::{self, Copies},
 };
 use crate::report::Samples;
@@ -37,14 +41,18 @@ pub(super) struct Limits {
     agent: Agent,
     memory: Option<[Registration; 2]>,
     tcp: Option<RawTcp>,
+    /// Where a device takes part.
+    engine: Option<Engine>,
 }
 
 impl Limits {
-    /// For transfers between memory of these kinds.
-    pub(super) fn new(bytes: usize, from: &Memory, to: &Memory) -> anyhow::Result<Self> {
+    /// For transfers as the options say.
+    pub(super) fn new(effective: &Effective) -> anyhow::Result<Self> {
+        let args = &effective.args;
         Ok(Self {
-            bytes,
-            kinds: [from.clone(), to.clone()],
+            bytes: effective.bytes(),
+            kinds: [args.from.clone(), args.to.clone()],
+            engine: effective.device().map(|_| Engine::new(effective)),
             agent: Agent::new(AgentConfig::new("bench-limits"))?,
             memory: None,
             tcp: None,
@@ -53,6 +61,9 @@ impl Limits {
 
     /// Titles of the limits of a lane.
     pub(super) fn titles(&self, lane: LaneName) -> &'static [&'static str] {
+        if self.engine.is_some() {
+            return &["engine"];
+        }
         match lane {
             LaneName::Tcp => &["raw x1", "raw x2"],
             LaneName::Shm if self.kinds[1] == Memory::Host => &["memcpy x1", "memcpy x2", "cma"],
@@ -70,6 +81,13 @@ impl Limits {
         budget: Duration,
     ) -> anyhow::Result<Vec<Limit>> {
         let titles = self.titles(lane);
+        if let Some(engine) = &mut self.engine {
+            return Ok(vec![Limit {
+                metric: "limit_copy_engine_gb_per_s",
+                title: "engine",
+                rate: engine.rate(op, lot, budget)?,
+            }]);
+        }
         let budget = budget / u32::try_from(titles.len()).unwrap_or(1);
         let mut found = Vec::new();
         if lane == LaneName::Tcp {
@@ -88,8 +106,8 @@ impl Limits {
         } else {
             let [from, to] = self.memory()?;
             // Pages that nobody has written yet would be one and the same.
-            memory::fill(from, &lot.local, 1);
-            memory::fill(to, &lot.remote, 1);
+            memory::fill(from, &lot.local, 1)?;
+            memory::fill(to, &lot.remote, 1)?;
             let copies = Copies::new((from, &lot.local), (to, &lot.remote));
             // SAFETY: `self` holds both regions, and nobody else knows them.
             let one = unsafe { memcpy::one(&copies, budget) };
@@ -116,8 +134,8 @@ impl Limits {
             None => {
                 let [from, to] = &self.kinds;
                 [
-                    memory::register(&self.agent, from, self.bytes)?,
-                    memory::register(&self.agent, to, self.bytes)?,
+                    memory::register(&self.agent, from, self.bytes, Sharing::default())?,
+                    memory::register(&self.agent, to, self.bytes, Sharing::default())?,
                 ]
             }
         };

@@ -3,20 +3,83 @@
 //! Registered memory can be written by peers at any time, so it is reached through raw pointers.
 //! The benchmarks order their accesses by completions and by the messages between the two sides.
 
-use std::ptr::NonNull;
+mod device;
 
-use anyhow::{Context, bail};
-use blockplane_transfer::{Agent, ArenaConfig, HostMemory, Registration, RemoteAccess};
+use std::{
+    ptr::NonNull,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail, ensure};
+use blockplane_transfer::{
+    Agent, ArenaConfig, DeviceArenaConfig, DeviceSharing, HostMemory, PinConfig, Registration,
+    RemoteAccess,
+};
 use rustix::mm::{Advice, madvise};
 
-use super::case::{Memory, Side};
+use super::{
+    case::{Memory, Side},
+    link::Sharing,
+};
+
+/// Longest that a host arena may take to be pinned.
+const PINNING: Duration = Duration::from_secs(60);
 
 /// Registers memory of a kind with an agent.
-pub(super) fn register(agent: &Agent, kind: &Memory, bytes: usize) -> anyhow::Result<Registration> {
+///
+/// # Errors
+/// There is not that much of it, the device or its driver refuses, or pinning fails.
+pub(super) fn register(
+    agent: &Agent,
+    kind: &Memory,
+    bytes: usize,
+    sharing: Sharing,
+) -> anyhow::Result<Registration> {
     match kind {
         Memory::Arena => Ok(agent.allocate(ArenaConfig::new(bytes, "bench"))?),
         Memory::Host => Ok(agent.register(host(bytes)?, RemoteAccess::Open)?),
+        Memory::Pinned(device) => {
+            let config = ArenaConfig::new(bytes, "bench").pinned(PinConfig::near(*device));
+            let memory = agent.allocate(config)?;
+            wait_pinned(&memory, |_| {})?;
+            Ok(memory)
+        }
+        Memory::Device(device) => {
+            let sharing = match sharing {
+                Sharing::FileDescriptor => DeviceSharing::FileDescriptor,
+                Sharing::Handle => DeviceSharing::Handle,
+            };
+            let config = DeviceArenaConfig::new(*device, bytes, "bench").shared_by(sharing);
+            Ok(agent.allocate_device(config)?)
+        }
         Memory::File(path) => bail!("{} is a file, not memory", path.display()),
+    }
+}
+
+/// Waits until all of an arena is pinned; tells `progress` the bytes that are, each time it looks.
+pub(super) fn wait_pinned(
+    memory: &Registration,
+    mut progress: impl FnMut(u64),
+) -> anyhow::Result<()> {
+    const LOOK: Duration = Duration::from_micros(200);
+    let start = Instant::now();
+    loop {
+        let pinned = memory.pinned().context("the arena is not being pinned")?;
+        if let Some(error) = pinned.failed {
+            return Err(error).context("cannot pin the arena");
+        }
+        progress(pinned.pinned_bytes);
+        if pinned.pinned_bytes == pinned.total_bytes {
+            return Ok(());
+        }
+        ensure!(
+            start.elapsed() < PINNING,
+            "{} of {} bytes are pinned after {PINNING:?}",
+            pinned.pinned_bytes,
+            pinned.total_bytes
+        );
+        thread::park_timeout(LOOK);
     }
 }
 
@@ -42,7 +105,10 @@ pub(super) fn host(bytes: usize) -> anyhow::Result<HostMemory> {
 }
 
 /// Fills block `ids[i]` with bytes that follow from `seed` and `i`.
-pub(super) fn fill(memory: &Registration, side: &Side, seed: u64) {
+pub(super) fn fill(memory: &Registration, side: &Side, seed: u64) -> anyhow::Result<()> {
+    if memory.device().is_some() {
+        return device::fill(memory, side, seed);
+    }
     let bytes = run_bytes(side);
     let mut block = vec![0; bytes];
     for (i, at) in side.runs().enumerate() {
@@ -51,22 +117,33 @@ pub(super) fn fill(memory: &Registration, side: &Side, seed: u64) {
         // SAFETY: `to` points at `bytes` bytes of the region, and `block` is elsewhere.
         unsafe { std::ptr::copy_nonoverlapping(block.as_ptr(), to, bytes) };
     }
+    Ok(())
 }
 
 /// Sets blocks to zero.
-pub(super) fn clear(memory: &Registration, side: &Side) {
+pub(super) fn clear(memory: &Registration, side: &Side) -> anyhow::Result<()> {
+    if memory.device().is_some() {
+        return device::clear(memory, side);
+    }
     let bytes = run_bytes(side);
     for at in side.runs() {
         let to = run_ptr(memory, at, bytes);
         // SAFETY: `to` points at `bytes` bytes of the region.
         unsafe { std::ptr::write_bytes(to, 0, bytes) };
     }
+    Ok(())
 }
 
 /// Number of runs that do not hold what [`fill`] puts there.
-pub(super) fn mismatches(memory: &Registration, side: &Side, seed: u64) -> usize {
+pub(super) fn mismatches(memory: &Registration, side: &Side, seed: u64) -> anyhow::Result<usize> {
     let bytes = run_bytes(side);
     let mut expected = vec![0; bytes];
+    if memory.device().is_some() {
+        return device::count(memory, side, |i, found| {
+            pattern(&mut expected, seed, i);
+            expected != found
+        });
+    }
     let mut found = vec![0; bytes];
     let differs = |(i, at): (usize, u64)| {
         pattern(&mut expected, seed, i);
@@ -75,7 +152,7 @@ pub(super) fn mismatches(memory: &Registration, side: &Side, seed: u64) -> usize
         unsafe { std::ptr::copy_nonoverlapping(from, found.as_mut_ptr(), bytes) };
         expected != found
     };
-    side.runs().enumerate().map(differs).filter(|&d| d).count()
+    Ok(side.runs().enumerate().map(differs).filter(|&d| d).count())
 }
 
 /// Addresses and lengths of a prepared copy: what a transfer through mapped memory cannot beat.
@@ -190,28 +267,29 @@ mod tests {
     #[test]
     fn wrong_contents_are_counted_by_block() {
         let agent = Agent::new(AgentConfig::new("memory-test")).unwrap();
-        let from = register(&agent, &Memory::Arena, 1 << 20).unwrap();
-        let to = register(&agent, &Memory::Host, 1 << 20).unwrap();
+        let from = register(&agent, &Memory::Arena, 1 << 20, Sharing::default()).unwrap();
+        let to = register(&agent, &Memory::Host, 1 << 20, Sharing::default()).unwrap();
         // The first two touch on both sides.
         let (from_side, to_side) = (side(&[3, 4, 0, 9, 5]), side(&[7, 8, 200, 1, 2]));
-        fill(&from, &from_side, 1);
+        fill(&from, &from_side, 1).unwrap();
         let copies = Copies::new((&from, &from_side), (&to, &to_side));
         assert_eq!(copies.0.len(), 4);
         for half in copies.halves() {
             // SAFETY: both regions live, and no transfer runs.
             unsafe { half.run() };
         }
-        assert_eq!(mismatches(&to, &to_side, 1), 0);
-        assert_eq!(mismatches(&to, &to_side, 2), 5);
-        assert_eq!(mismatches(&to, &side(&[7, 200, 8, 1, 2]), 1), 2);
-        clear(&to, &side(&[7]));
-        assert_eq!(mismatches(&to, &to_side, 1), 1);
+        let wrong = |side: &Side, seed| mismatches(&to, side, seed).unwrap();
+        assert_eq!(wrong(&to_side, 1), 0);
+        assert_eq!(wrong(&to_side, 2), 5);
+        assert_eq!(wrong(&side(&[7, 200, 8, 1, 2]), 1), 2);
+        clear(&to, &side(&[7])).unwrap();
+        assert_eq!(wrong(&to_side, 1), 1);
     }
 
     #[test]
     fn one_long_copy_is_halved_by_bytes() {
         let agent = Agent::new(AgentConfig::new("memory-test")).unwrap();
-        let memory = register(&agent, &Memory::Arena, 1 << 20).unwrap();
+        let memory = register(&agent, &Memory::Arena, 1 << 20, Sharing::default()).unwrap();
         let copies = Copies::new((&memory, &side(&[0, 1])), (&memory, &side(&[4, 5])));
         let lengths = copies
             .halves()
@@ -223,7 +301,7 @@ mod tests {
     #[should_panic(expected = "outside")]
     fn a_block_outside_of_the_region_is_refused() {
         let agent = Agent::new(AgentConfig::new("memory-test")).unwrap();
-        let memory = register(&agent, &Memory::Arena, 8192).unwrap();
-        clear(&memory, &side(&[2]));
+        let memory = register(&agent, &Memory::Arena, 8192, Sharing::default()).unwrap();
+        clear(&memory, &side(&[2])).unwrap();
     }
 }
