@@ -11,7 +11,7 @@ use crate::storage::StorageConfig;
 mod cuda;
 mod tls;
 
-pub use cuda::CudaConfig;
+pub use cuda::{CudaConfig, StagingConfig};
 pub use tls::{Pem, TlsConfig, TlsPeerName};
 
 /// A way to move bytes to a peer. `AgentConfig::lanes` lists the allowed ones, best first.

@@ -270,6 +270,25 @@ pub enum PrepareError {
         /// `AgentConfig::connect_timeout`.
         timeout: Duration,
     },
+    /// An object that goes to or comes from device memory is larger than a slot of staging memory, and
+    /// objects move whole.
+    #[error(
+        "an object of {bytes} bytes; device memory takes objects of up to {slot_bytes} (`cuda.staging.slot_bytes`)"
+    )]
+    LargerThanSlot {
+        /// Bytes of the object.
+        bytes: u64,
+        /// Bytes of a slot.
+        slot_bytes: u64,
+    },
+    /// Staging memory cannot be had.
+    #[error("no {bytes} bytes of staging memory (`cuda.staging`): {reason}")]
+    Staging {
+        /// Its size.
+        bytes: u64,
+        /// What is missing.
+        reason: String,
+    },
     /// The peer has no such region, or has released it.
     #[error("agent {peer:?} has no region {region}")]
     UnknownRegion {
@@ -460,7 +479,7 @@ pub enum PostError {
     },
     /// An event or a budget of multiprocessors for an operation that no device does.
     #[error(
-        "{option} makes sense for operations on the cuda lane only; this one is on lane {lane}"
+        "{option} makes sense for operations with device memory only; this one is on lane {lane}"
     )]
     NotOnDevice {
         /// The option.
@@ -567,6 +586,13 @@ pub enum TransferError {
     /// A device failed. Bytes of the operation may have moved.
     #[error(transparent)]
     Device(#[from] DeviceFailure),
+    /// A part of an operation could not go through staging memory, for a reason that was not there
+    /// when the operation was prepared. Bytes of the operation may have moved.
+    #[error("a part cannot be staged: {reason}")]
+    Staging {
+        /// What stands in the way.
+        reason: String,
+    },
     /// The kernel does not copy into or out of the peer's memory any more.
     #[error("the memory of the peer cannot be accessed: {reason}")]
     Inaccessible {
@@ -596,6 +622,7 @@ impl TransferError {
             | Self::WindowClosed { .. }
             | Self::Inaccessible { .. }
             | Self::Device(_)
+            | Self::Staging { .. }
             | Self::Injected => false,
         }
     }

@@ -116,6 +116,9 @@
 //! everybody with access to the socket (the same user) is trusted to stay within the windows it was
 //! given: a mapping cannot be revoked block by block. Over tcp the owner of the memory checks.
 //!
+//! Device memory of this agent goes to and comes from files, which no device reaches, through a few
+//! slots of pinned memory ([`StagingConfig`]): it remains one transfer, and the plan says so.
+//!
 //! # Rearranging on the way
 //!
 //! Two workers rarely have the same KV cache. [`Agent::prepare_tensors`] moves blocks between caches
@@ -304,6 +307,7 @@ mod op;
 mod peer;
 mod plan;
 mod ring;
+mod stage;
 mod stats;
 mod storage;
 mod sync;
@@ -313,7 +317,7 @@ mod wire;
 pub use agent::{Agent, LaneInfo, Peer};
 pub use config::{
     AgentConfig, ArenaConfig, ConnectOptions, CudaConfig, DeviceArenaConfig, FaultConfig,
-    HugePages, Lane, Pem, RemoteAccess, TlsConfig, TlsPeerName,
+    HugePages, Lane, Pem, RemoteAccess, StagingConfig, TlsConfig, TlsPeerName,
 };
 pub use cuda::{
     CudaDevice, CudaError, CudaReport, CudaUnavailable, DeviceEvent, DeviceMemory, DeviceSharing,

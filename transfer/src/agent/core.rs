@@ -15,6 +15,7 @@ use crate::error::{AgentError, LossCause, MetadataError, RegisterError, WindowEr
 use crate::memory::{HostMemory, Region, RegionId, RegionOwner, Registration};
 use crate::op::{Notification, NotificationQueue};
 use crate::peer::{Addresses, Metadata, MetadataContent, RegionInfo};
+use crate::stage::Stage;
 use crate::stats::{AgentStats, Counters};
 use crate::storage::Storage;
 use crate::window::{OpenWindow, Scope, Window, WindowAccess, WindowId, WindowScope};
@@ -28,6 +29,7 @@ pub(crate) struct Core {
     pub(crate) timers: Arc<Timers>,
     pub(crate) copies: Arc<CopyPool>,
     pub(crate) mover: Arc<Mover>,
+    pub(crate) stage: Arc<Stage>,
     pub(crate) notifications: Arc<NotificationQueue>,
     pub(crate) storage: Storage,
     regions: RwLock<HashMap<RegionId, Weak<Region>>>,
@@ -96,6 +98,7 @@ impl Core {
             timers,
             copies,
             mover: Mover::new(&config.cuda),
+            stage: Arc::default(),
             notifications,
             storage: Storage::default(),
             regions: RwLock::default(),
@@ -131,6 +134,7 @@ impl Core {
             session.lose(LossCause::Closed);
         }
         self.storage.stop();
+        self.stage.stop_all();
         self.notifications.stop();
         self.reactors.stop();
         self.copies.stop();
@@ -183,7 +187,7 @@ impl Core {
 
     /// A name for a region or window: a part of the epoch and a counter, so that names of other
     /// agents and of other lives are not mistaken for ours.
-    fn next_name(&self) -> u64 {
+    pub(crate) fn next_name(&self) -> u64 {
         (self.epoch << 44) | (self.next_operation() & ((1 << 44) - 1))
     }
 

@@ -182,6 +182,16 @@ impl Session {
         Ok(())
     }
 
+    /// Takes a half of an operation into the books, which is within the limits and counted already.
+    pub(crate) fn admit_half(&self, half: &Arc<TransferState>) -> Result<(), PeerLost> {
+        let mut state = self.state.lock();
+        if let Some(lost) = &state.lost {
+            return Err(lost.clone());
+        }
+        state.in_flight.insert(half.id, half.clone());
+        Ok(())
+    }
+
     pub(crate) fn operation(&self, id: u64) -> Option<Arc<TransferState>> {
         self.state.lock().in_flight.get(&id).cloned()
     }

@@ -42,8 +42,37 @@ pub struct CudaConfig {
     /// Transfers of one device that run side by side; each has a stream of its own, further ones
     /// share them. Default 8, at most 64.
     pub streams: usize,
+    /// Pinned memory between device memory and places that devices do not reach.
+    pub staging: StagingConfig,
     /// How kernels are compiled when a device is first used, and where they are kept.
     pub kernels: KernelConfig,
+}
+
+/// Pinned memory of an agent through which blocks of its devices go to and come from files, object
+/// stores and peers that no device reaches.
+///
+/// Taken when such an operation is first prepared, and kept until the agent stops:
+/// `slots * slot_bytes`, 64 MiB with the defaults, for all operations of the agent together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StagingConfig {
+    /// Parts of operations that are under way at one time. One operation gets half of them, so
+    /// that one that does not come forward leaves the others room. Default 8: one or two slots
+    /// keep the bus busy, the others the slower side. 2 to 1024.
+    pub slots: u32,
+    /// Bytes of one part, at most. Default 8 MiB: the bus needs 160 us for it, ten times as long
+    /// as a copy takes to start, and the far side gets 8 requests or 16 stripes from it. Objects
+    /// have to fit a slot whole. 4 KiB to 1 GiB, a multiple of 4096.
+    pub slot_bytes: u64,
+}
+
+impl Default for StagingConfig {
+    fn default() -> Self {
+        Self {
+            slots: 8,
+            slot_bytes: 8 << 20,
+        }
+    }
 }
 
 impl Default for CudaConfig {
@@ -59,6 +88,7 @@ impl Default for CudaConfig {
             pull_writes: false,
             spin: Duration::from_micros(200),
             streams: 8,
+            staging: StagingConfig::default(),
             kernels: KernelConfig::default(),
         }
     }
@@ -87,6 +117,14 @@ impl CudaConfig {
         }
         if !(1..=64).contains(&self.streams) {
             return invalid("cuda.streams", self.streams.to_string(), "1 to 64");
+        }
+        let StagingConfig { slots, slot_bytes } = self.staging;
+        if !(2..=1024).contains(&slots) {
+            return invalid("cuda.staging.slots", slots.to_string(), "2 to 1024");
+        }
+        if !(4096..=1 << 30).contains(&slot_bytes) || !slot_bytes.is_multiple_of(4096) {
+            let accepted = "4 KiB to 1 GiB, a multiple of 4096";
+            return invalid("cuda.staging.slot_bytes", slot_bytes.to_string(), accepted);
         }
         Ok(())
     }

@@ -22,6 +22,7 @@ mod pin;
 mod plan;
 mod share;
 mod slots;
+mod staging;
 mod stream;
 mod work;
 
@@ -39,4 +40,5 @@ pub(crate) use driver::device_with;
 pub(crate) use memory::{DeviceRange, Imported, Share, ShareHandle};
 pub(crate) use mover::Mover;
 pub(crate) use pin::Pin;
+pub(crate) use staging::Devices;
 pub(crate) use work::DeviceWork;

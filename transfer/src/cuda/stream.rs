@@ -95,6 +95,12 @@ impl DeviceEvent {
         Self(event as usize)
     }
 
+    /// Whether the work that it was recorded behind is done.
+    pub(super) fn is_past(self) -> Result<bool, CudaError> {
+        // SAFETY: an event that is valid by the promise of its maker.
+        past("look at an event", unsafe { sys::cuEventQuery(self.raw()) })
+    }
+
     pub(super) fn raw(self) -> CUevent {
         self.0 as CUevent
     }
@@ -123,12 +129,17 @@ impl Lease {
     /// Whether everything on the stream is done; an error of the device otherwise.
     pub(super) fn done(&self) -> Result<bool, CudaError> {
         // SAFETY: a stream of ours.
-        match check("look at a stream", unsafe {
+        past("look at a stream", unsafe {
             sys::cuStreamQuery(self.stream.0)
-        }) {
-            Ok(()) => Ok(true),
-            Err(error) if error.code == CudaError::NOT_READY => Ok(false),
-            Err(error) => Err(error),
-        }
+        })
+    }
+}
+
+/// What a question whether something is over was answered.
+fn past(what: &'static str, code: sys::CUresult) -> Result<bool, CudaError> {
+    match check(what, code) {
+        Ok(()) => Ok(true),
+        Err(error) if error.code == CudaError::NOT_READY => Ok(false),
+        Err(error) => Err(error),
     }
 }

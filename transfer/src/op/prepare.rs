@@ -21,8 +21,9 @@ use crate::cuda::DeviceWork;
 use crate::error::{PostError, PrepareError, Side};
 use crate::memory::{Region, RegionId, Registration};
 use crate::plan::{
-    BlockSet, DescriptorList, DescriptorPair, Order, Table, parts_of, segment_count,
+    BlockSet, DescriptorList, DescriptorPair, Order, Table, parts_of, segment_count, turn, turns,
 };
+use crate::stage::{Far, Staged};
 use crate::stats::CostEstimate;
 use crate::window::{Grant, WindowId};
 
@@ -83,7 +84,7 @@ pub(crate) fn post(
             return Err(PostError::NotificationTooLarge { bytes, limit });
         }
     }
-    let on_device = work.is_some_and(|work| work.device().is_some());
+    let on_device = work.is_some_and(|work| work.device().is_some() || work.staged().is_some());
     let device_option = match (&options.after, &options.sms) {
         (Some(_), _) => Some("an event"),
         (None, Some(_)) => Some("a budget of multiprocessors"),
@@ -128,7 +129,7 @@ pub(crate) fn post(
         return refuse(error);
     }
     if work.is_some() {
-        session.backend().start(&state);
+        state.start();
     } else {
         state.bytes_quiet();
     }
@@ -407,13 +408,54 @@ pub(super) struct Checked {
 }
 
 impl Checked {
+    /// Writes inner loops out, one pair of sets for each of their turns: streams walk them, devices do
+    /// not.
+    fn unroll(&mut self) -> Result<(), PrepareError> {
+        if self.sets.iter().all(|set| set.local.inner.is_empty()) {
+            return Ok(());
+        }
+        let counts = self.sets.iter().map(|set| turns(&set.local));
+        let got = counts.fold(0, u64::saturating_add);
+        let limit = SETS_MAX as u64;
+        if got > limit {
+            return Err(PrepareError::TooLarge {
+                what: "number of block sets that the rearrangement comes to in staging memory",
+                got,
+                limit,
+            });
+        }
+        let mut sets = Vec::new();
+        for set in &self.sets {
+            sets.extend((0..turns(&set.local)).map(|index| SetPair {
+                local_region: set.local_region.clone(),
+                local: turn(&set.local, index),
+                remote_region: set.remote_region.clone(),
+                remote: turn(&set.remote, index),
+                order: set.order,
+            }));
+        }
+        let mut end = 0;
+        let begin = |set: &SetPair| {
+            let start = end;
+            end += set.local.bytes();
+            start
+        };
+        self.starts = sets.iter().map(begin).collect();
+        self.sets = sets;
+        Ok(())
+    }
+
     /// Chooses how the bytes move.
     pub(super) fn plan(
-        self,
+        mut self,
         core: &Arc<Core>,
         session: Arc<Session>,
         op: Op,
     ) -> Result<Prepared, PrepareError> {
+        let near = core.stage.takes(&self.sets)?;
+        if near {
+            self.unroll()?;
+        }
         let Self { sets, tensors, .. } = &self;
         let ends = || {
             let tensors = tensors.iter().map(TensorCopy::ends);
@@ -428,48 +470,57 @@ impl Checked {
                 });
             }
         }
-        let on_device = ends().any(|(local, remote)| {
-            local.device().is_some() || matches!(remote.memory, RemoteMemory::Device(_))
-        });
-        let streamed = memories().find_map(|memory| match memory {
-            RemoteMemory::Streamed(why) => Some(why),
+        let beyond = memories().find_map(|memory| match memory {
+            RemoteMemory::Streamed(why) => Some((true, why.as_ref())),
+            RemoteMemory::Foreign(_) => Some((
+                false,
+                "the other side is memory of another process that is not an arena",
+            )),
             RemoteMemory::Mapped(_)
             | RemoteMemory::Device(_)
-            | RemoteMemory::Foreign(_)
             | RemoteMemory::Stored
             | RemoteMemory::Unreachable(_) => None,
         });
+        let by_peer = memories().any(|memory| matches!(memory, RemoteMemory::Device(_)));
+        let staged = beyond.filter(|_| near && !by_peer);
+        let on_device = ends().any(|(local, remote)| {
+            local.device().is_some() || matches!(remote.memory, RemoteMemory::Device(_))
+        });
         let mut lane = session.lane().lane;
         let mut reason = session.lane().reason.clone();
-        let (path, parts) = if on_device {
+        let (path, parts) = if let Some((streamed, why)) = staged {
+            let why = format!("no device reaches the other side ({why})");
+            let staged = Staged {
+                op,
+                sets,
+                starts: &self.starts,
+                bytes: self.bytes,
+                why: &why,
+            };
+            let (work, how) = core.stage.plan(core, &staged, Far::Peer { streamed })?;
+            reason.push_str("; ");
+            reason.push_str(&how);
+            let parts = work.parts();
+            (Path::Staged(Arc::new(work)), parts)
+        } else if on_device {
             let (work, how) = DeviceWork::prepare(core, op, sets, tensors)?;
             lane = Lane::Cuda;
             reason.push_str("; ");
             reason.push_str(&how);
             let parts = work.parts();
             (Path::Device(Arc::new(work)), parts)
-        } else if let Some(why) = streamed {
-            let stripes = stripe_sets(sets, self.bytes, session.streams());
-            let parts = u32::try_from(stripes.len()).unwrap_or(u32::MAX);
-            reason.push_str("; streamed: ");
-            reason.push_str(why);
-            (Path::Stream { stripes }, parts)
         } else {
-            let by_kernel = memories().any(|memory| matches!(memory, RemoteMemory::Foreign(_)));
-            reason.push_str(match by_kernel {
-                true => "; copied by the kernel (process_vm)",
-                false => "; copied",
-            });
-            // 2^30 parts at most, far above what a 48-bit address space needs at the default size.
-            let least = (self.bytes >> 30).next_multiple_of(64);
-            let mut part_bytes = core.config.copy_part_bytes.max(least);
-            if let Some(copy) = tensors.first()
-                && copy.pair.run_bytes < part_bytes
-            {
-                part_bytes = part_bytes.next_multiple_of(copy.pair.run_bytes);
+            match beyond {
+                Some((true, why)) => {
+                    reason.push_str("; streamed: ");
+                    reason.push_str(why);
+                }
+                Some((false, _)) => reason.push_str("; copied by the kernel (process_vm)"),
+                None => reason.push_str("; copied"),
             }
-            let parts = u32::try_from(parts_of(self.bytes, part_bytes)).unwrap_or(u32::MAX);
-            (Path::Copy { part_bytes }, parts)
+            let unit = tensors.first().map(|copy| copy.pair.run_bytes);
+            let streamed = matches!(beyond, Some((true, _)));
+            by_host(core, &session, sets, streamed, self.bytes, unit)
         };
         if let Some(how) = &self.rearranged {
             reason.push_str("; ");
@@ -497,4 +548,39 @@ impl Checked {
         });
         Ok(Prepared::new(core.clone(), session, work))
     }
+}
+
+/// The path of bytes that no device moves, and its parts; copies are cut between units.
+fn by_host(
+    core: &Core,
+    session: &Session,
+    sets: &[SetPair],
+    streamed: bool,
+    bytes: u64,
+    unit: Option<u64>,
+) -> (Path, u32) {
+    if streamed {
+        let stripes = stripe_sets(sets, bytes, session.streams());
+        let parts = u32::try_from(stripes.len()).unwrap_or(u32::MAX);
+        return (Path::Stream { stripes }, parts);
+    }
+    // 2^30 parts at most, far above what a 48-bit address space needs at the default size.
+    let least = (bytes >> 30).next_multiple_of(64);
+    let mut part_bytes = core.config.copy_part_bytes.max(least);
+    if let Some(unit) = unit.filter(|&unit| unit < part_bytes) {
+        part_bytes = part_bytes.next_multiple_of(unit);
+    }
+    let parts = u32::try_from(parts_of(bytes, part_bytes)).unwrap_or(u32::MAX);
+    (Path::Copy { part_bytes }, parts)
+}
+
+/// The path of a part of a checked operation, between host memory and a peer.
+pub(crate) fn route(
+    core: &Core,
+    session: &Session,
+    sets: &[SetPair],
+    streamed: bool,
+) -> (Path, u32) {
+    let bytes = sets.iter().map(|set| set.local.bytes()).sum();
+    by_host(core, session, sets, streamed, bytes, None)
 }

@@ -151,10 +151,11 @@ pub struct PostOptions {
     /// Names the request that the transfer serves, in traces and telemetry. Default none.
     pub request_id: Option<Arc<str>>,
     /// The transfer touches no byte before the work behind which this event was recorded is done. For
-    /// operations on the cuda lane. Default none.
+    /// operations with device memory. Default none.
     pub after: Option<DeviceEvent>,
-    /// Multiprocessors that the transfer may occupy, up to all that the device has. For operations on the
-    /// cuda lane. Default: [`CudaConfig::sms`](crate::CudaConfig::sms).
+    /// Multiprocessors that the transfer may occupy, up to all that the device has; a staged one may
+    /// have copies of several parts under way, each with as many. For operations with device memory.
+    /// Default: [`CudaConfig::sms`](crate::CudaConfig::sms).
     pub sms: Option<u32>,
 }
 

@@ -22,6 +22,7 @@ use super::work::{Path, Work};
 use crate::agent::{Core, Session, TimerKey};
 use crate::cuda::DeviceEvent;
 use crate::error::{LossCause, TransferError};
+use crate::stage::Part;
 use crate::wire::Wanted;
 
 /// Where the notification of an operation stands, for the FIFO of its session.
@@ -50,6 +51,8 @@ pub(crate) struct TransferState {
     pub(crate) device: DeviceOptions,
     /// Most multiprocessors that one of its launches occupied.
     sms: AtomicU32,
+    /// The part of another operation that this one is a half of.
+    half_of: Option<Part>,
     completion: Option<(CompletionQueue, u64)>,
     request_id: Option<Arc<str>>,
     stopwatch: Stopwatch,
@@ -105,6 +108,58 @@ impl TransferState {
         posted: Instant,
         options: PostOptions,
     ) -> Arc<Self> {
+        let id = core.next_operation();
+        let span = tracing::debug_span!(
+            target: "blockplane_transfer",
+            "transfer",
+            id,
+            request_id = options.request_id.as_deref(),
+            peer = session.peer_name(),
+            lane = %session.lane().lane,
+            op = work.as_ref().map_or("notify", |work| work.op.name()),
+            bytes = work.as_ref().map_or(0, |work| work.plan.bytes),
+        );
+        Self::with_span(core, session, work, posted, options, None, (id, span))
+    }
+
+    /// A half of a part of this operation: it counts nowhere, and its end is told to the stage.
+    pub(crate) fn half(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        work: Arc<Work>,
+        part: u32,
+    ) -> Arc<Self> {
+        let options = PostOptions {
+            sms: self.device.sms,
+            ..PostOptions::within(self.deadline)
+        };
+        let of = Part {
+            operation: self.id,
+            part,
+        };
+        let core = self.core.clone();
+        let id = core.next_operation();
+        let named = (id, Span::none());
+        Self::with_span(
+            core,
+            session.clone(),
+            Some(work),
+            Instant::now(),
+            options,
+            Some(of),
+            named,
+        )
+    }
+
+    fn with_span(
+        core: Arc<Core>,
+        session: Arc<Session>,
+        work: Option<Arc<Work>>,
+        posted: Instant,
+        options: PostOptions,
+        half_of: Option<Part>,
+        (id, span): (u64, Span),
+    ) -> Arc<Self> {
         let PostOptions {
             deadline,
             notification,
@@ -114,17 +169,6 @@ impl TransferState {
             sms,
         } = options;
         let parts = work.as_ref().map_or(0, |work| work.parts);
-        let id = core.next_operation();
-        let span = tracing::debug_span!(
-            target: "blockplane_transfer",
-            "transfer",
-            id,
-            request_id = request_id.as_deref(),
-            peer = session.peer_name(),
-            lane = %session.lane().lane,
-            op = work.as_ref().map_or("notify", |work| work.op.name()),
-            bytes = work.as_ref().map_or(0, |work| work.plan.bytes),
-        );
         Arc::new(Self {
             id,
             core,
@@ -134,6 +178,7 @@ impl TransferState {
             deadline,
             device: DeviceOptions { after, sms },
             sms: AtomicU32::new(0),
+            half_of,
             completion,
             request_id,
             stopwatch: Stopwatch::new(posted),
@@ -222,6 +267,10 @@ impl TransferState {
     }
 
     /// A launch of it occupies so many multiprocessors.
+    pub(crate) fn most_sms(&self) -> u32 {
+        self.sms.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn took_sms(&self, sms: u32) {
         self.sms.fetch_max(sms, Ordering::Relaxed);
     }
@@ -233,6 +282,21 @@ impl TransferState {
         } else {
             self.core.copies.submit(self);
         }
+    }
+
+    /// Starts moving the bytes.
+    pub(crate) fn start(self: &Arc<Self>) {
+        if self.is_staged() {
+            self.core.stage.start(self);
+        } else {
+            self.session.backend().start(self);
+        }
+    }
+
+    fn is_staged(&self) -> bool {
+        self.work
+            .as_ref()
+            .is_some_and(|work| work.staged().is_some())
     }
 
     /// Calls off what has not begun of them. Copy workers give their parts back by themselves, each is
@@ -336,10 +400,15 @@ impl TransferState {
                 }
                 cell.verdict = Some(error);
                 drop(cell);
-                if self.gate.stop() {
-                    self.bytes_quiet();
-                } else {
+                let quiet = self.gate.stop();
+                if self.is_staged() {
+                    // Also when nothing has begun: it waits there for its turn.
+                    self.core.stage.stop(self.id);
+                } else if !quiet {
                     self.session.backend().stop(self);
+                }
+                if quiet {
+                    self.bytes_quiet();
                 }
             }
             Phase::Notifying => {
@@ -354,9 +423,14 @@ impl TransferState {
 
     /// Whether the peer's own threads place the bytes.
     fn peer_places(&self) -> bool {
-        self.work
-            .as_ref()
-            .is_some_and(|work| work.op == Op::Write && matches!(work.path, Path::Stream { .. }))
+        self.work.as_ref().is_some_and(|work| {
+            let streamed = match &work.path {
+                Path::Stream { .. } => true,
+                Path::Staged(staged) => staged.streamed(),
+                _ => false,
+            };
+            work.op == Op::Write && streamed
+        })
     }
 
     /// The peer's answer to the notification.
@@ -416,14 +490,16 @@ impl TransferState {
             Some(work) => (Some(work.op), work.plan.bytes, work.plan.lane),
             None => (None, 0, self.session.lane().lane),
         };
-        for counters in [&self.core.counters, self.session.counters()] {
-            counters.finished(lane, op, outcome, bytes, elapsed);
-            if self.notification.is_some() && outcome.is_ok() {
-                counters.notified();
+        if self.half_of.is_none() {
+            for counters in [&self.core.counters, self.session.counters()] {
+                counters.finished(lane, op, outcome, bytes, elapsed);
+                if self.notification.is_some() && outcome.is_ok() {
+                    counters.notified();
+                }
             }
-        }
-        if let (Some(op), Ok(())) = (op, outcome) {
-            self.session.meter().record(op, bytes, elapsed);
+            if let (Some(op), Ok(())) = (op, outcome) {
+                self.session.meter().record(op, bytes, elapsed);
+            }
         }
         cell.phase = Phase::Finished(outcome.clone());
         self.finished.store(true, Ordering::SeqCst);
@@ -436,6 +512,10 @@ impl TransferState {
         }
         if let Some(work) = &self.work {
             work.end_use();
+        }
+        if let Some(part) = self.half_of {
+            self.core.stage.ended(part, outcome.clone());
+            return;
         }
         self.trace_end(outcome, elapsed);
         self.done.notify_all();
@@ -495,7 +575,7 @@ impl TransferState {
             parts: plan.map_or(0, |plan| plan.parts),
             lane: plan.map_or(lane.lane, |plan| plan.lane),
             reason: plan.map_or(&lane.reason, |plan| &plan.reason).clone(),
-            sms: Some(self.sms.load(Ordering::Relaxed)).filter(|&sms| sms > 0),
+            sms: Some(self.most_sms()).filter(|&sms| sms > 0),
             outcome,
         })
     }

@@ -209,7 +209,15 @@ impl Sides {
             checked.starts.push(end);
             end += pair.bytes();
         }
-        if matches!(region.memory, RemoteMemory::Streamed(_)) {
+        let by_sets = match region.memory {
+            RemoteMemory::Streamed(_) => true,
+            RemoteMemory::Foreign(_) => core.stage.is_near(&self.local_region),
+            RemoteMemory::Mapped(_)
+            | RemoteMemory::Device(_)
+            | RemoteMemory::Stored
+            | RemoteMemory::Unreachable(_) => false,
+        };
+        if by_sets {
             checked.sets = pairs.iter().map(|pair| self.sets(pair)).collect();
         } else {
             let copy = |pair| TensorCopy {

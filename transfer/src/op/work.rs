@@ -10,6 +10,7 @@ use crate::cuda::DeviceWork;
 use crate::error::PostError;
 use crate::memory::{Batch, Region, Stores, copy_piece, copy_row, publish};
 use crate::plan::{BlockSet, Order, Row, TensorPair, for_each_segment, part_range, stripes};
+use crate::stage::StagedWork;
 use crate::storage::FileWork;
 #[cfg(feature = "object")]
 use crate::storage::ObjectWork;
@@ -29,6 +30,8 @@ pub(crate) enum Path {
     Stream { stripes: Vec<Stripe> },
     /// By a device.
     Device(Arc<DeviceWork>),
+    /// From or to a device through staging memory, part by part.
+    Staged(Arc<StagedWork>),
     /// From or to a file.
     File(Arc<FileWork>),
     /// From or to objects.
@@ -84,6 +87,15 @@ impl Work {
     /// The launches of an operation that a device does.
     pub(crate) fn device(&self) -> Option<&DeviceWork> {
         if let Path::Device(work) = &self.path {
+            Some(work)
+        } else {
+            None
+        }
+    }
+
+    /// How an operation goes through staging memory.
+    pub(crate) fn staged(&self) -> Option<&Arc<StagedWork>> {
+        if let Path::Staged(work) = &self.path {
             Some(work)
         } else {
             None

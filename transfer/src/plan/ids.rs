@@ -87,6 +87,20 @@ impl BlockIds {
         }
     }
 
+    /// Some of them; the range is not beyond the length.
+    pub(crate) fn part(&self, range: Range<usize>) -> Self {
+        match &self.0 {
+            Repr::Span { first, .. } => {
+                let [start, end] =
+                    [range.start, range.end].map(|at| u32::try_from(at).unwrap_or(u32::MAX));
+                Self::span(first.wrapping_add(start), end.saturating_sub(start))
+                    .unwrap_or(Self(Repr::Span { first: 0, count: 0 }))
+            }
+            Repr::List(ids) if range == (0..ids.len()) => self.clone(),
+            Repr::List(ids) => ids.get(range).unwrap_or_default().into(),
+        }
+    }
+
     /// Id number `index`, which is below the length.
     #[inline]
     pub(crate) fn at(&self, index: usize) -> u32 {

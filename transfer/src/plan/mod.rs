@@ -1,6 +1,7 @@
 //! Planning: pure arithmetic over layouts and ids. No I/O, no clock, no pointers.
 
 mod compress;
+mod cut;
 mod ids;
 mod layout;
 mod set;
@@ -14,6 +15,7 @@ pub use layout::{BlockLayout, LayoutError};
 pub use tensor::{Axis, KvAxis, KvBlockLayout, KvOrder, KvShape, KvSlice};
 
 pub(crate) use compress::{DescriptorList, DescriptorPair};
+pub(crate) use cut::{cuts, turn, turns};
 pub(crate) use ids::joins_in;
 pub(crate) use set::{BlockSet, IDS_MAX, INNER_MAX, Order};
 pub(crate) use split::{part_range, parts_of, stripes};

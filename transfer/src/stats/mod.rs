@@ -273,6 +273,7 @@ const fn index_of(outcome: &Result<(), TransferError>) -> usize {
             TransferError::Storage(_)
             | TransferError::Inaccessible { .. }
             | TransferError::Device(_)
+            | TransferError::Staging { .. }
             | TransferError::Injected
             | TransferError::StillInFlight { .. },
         ) => 6,

@@ -12,7 +12,7 @@ use crate::op::TransferState;
 use crate::window::{Grant, WindowId};
 
 /// What moves the bytes of stores.
-pub(super) trait Moves: fmt::Debug + Send + Sync {
+pub(crate) trait Moves: fmt::Debug + Send + Sync {
     /// Starts moving; claimed parts are given back one by one.
     fn transfer(&self, transfer: &Arc<TransferState>);
 
@@ -21,12 +21,12 @@ pub(super) trait Moves: fmt::Debug + Send + Sync {
 }
 
 #[derive(Debug)]
-pub(super) struct StoreBackend<E> {
+pub(crate) struct StoreBackend<E> {
     engine: Arc<E>,
 }
 
 impl<E: Moves> StoreBackend<E> {
-    pub(super) const fn new(engine: Arc<E>) -> Self {
+    pub(crate) const fn new(engine: Arc<E>) -> Self {
         Self { engine }
     }
 }

@@ -29,8 +29,9 @@ pub use object::{
     ObjectInfo, ObjectLocation, ObjectStore, S3Config, S3Credentials, Secret,
 };
 
+pub(crate) use backend::{Moves, StoreBackend};
 pub(crate) use file::{
-    FileWork, prepare_blocks as prepare_file_blocks,
+    FileWork, StagedFile, prepare_blocks as prepare_file_blocks,
     prepare_descriptors as prepare_file_descriptors,
 };
 

@@ -25,7 +25,7 @@ use crate::stats::PeerStats;
 use self::open::StoredFile;
 
 pub(crate) use self::engine::Engine;
-pub(crate) use self::prepare::{prepare_blocks, prepare_descriptors};
+pub(crate) use self::prepare::{StagedFile, prepare_blocks, prepare_descriptors};
 pub(crate) use self::work::FileWork;
 
 /// An open file. Clones share it; it is closed when the last clone and the last operation that

@@ -16,7 +16,9 @@ use crate::op::{
     pair_blocks,
 };
 use crate::plan::{BlockSet, DescriptorList, DescriptorPair, Order, Table};
-use crate::storage::measure::measure;
+use crate::stage::{Far, Staged};
+use crate::storage::StorageConfig;
+use crate::storage::measure::{Measured, measure};
 
 /// Files have no end to be checked against before the transfer: reads behind it fail then, writes
 /// make it longer.
@@ -111,6 +113,9 @@ fn finish(
     durable: bool,
 ) -> Result<Prepared, PrepareError> {
     let measured = measure(op, &sets)?;
+    if core.stage.takes(&sets)? {
+        return finish_staged(core, file, op, sets, measured, durable);
+    }
     let rules = Rules::new(
         file.file.direct_use(),
         core.config.storage.file_request_bytes,
@@ -153,6 +158,95 @@ fn finish(
         file.session.clone(),
         Arc::new(work),
     ))
+}
+
+/// Device memory: the requests are made part by part, for staging memory.
+fn finish_staged(
+    core: &Arc<Core>,
+    file: &FileStore,
+    op: Op,
+    sets: Vec<SetPair>,
+    measured: Measured,
+    durable: bool,
+) -> Result<Prepared, PrepareError> {
+    let durable = durable && op == Op::Write;
+    let staged = Staged {
+        op,
+        sets: &sets,
+        starts: &measured.starts,
+        bytes: measured.bytes,
+        why: "devices do not reach files",
+    };
+    let far = StagedFile {
+        file: file.file.clone(),
+        durable,
+    };
+    let (work, how) = core.stage.plan(core, &staged, Far::File(far))?;
+    let mut reason = file.session.lane().reason.clone();
+    reason.push_str("; ");
+    reason.push_str(&how);
+    if durable {
+        reason.push_str("; then fdatasync");
+    }
+    let parts = work.parts();
+    let plan = Plan {
+        op,
+        bytes: measured.bytes,
+        runs: measured.runs,
+        pieces: measured.pieces,
+        sets: sets.len(),
+        parts,
+        lane: Lane::File,
+        reason,
+    };
+    let work = Work {
+        op,
+        starts: measured.starts,
+        sets,
+        tensors: Vec::new(),
+        path: Path::Staged(Arc::new(work)),
+        parts,
+        grant: None,
+        plan,
+    };
+    let session = file.session.clone();
+    Ok(Prepared::new(core.clone(), session, Arc::new(work)))
+}
+
+/// The file of a staged operation.
+#[derive(Debug)]
+pub(crate) struct StagedFile {
+    file: Arc<StoredFile>,
+    /// Whether a sync follows the parts.
+    pub(crate) durable: bool,
+}
+
+impl StagedFile {
+    /// The requests of a part, from or to host memory.
+    pub(crate) fn route(
+        &self,
+        config: &StorageConfig,
+        sets: &[SetPair],
+    ) -> Result<(Path, u32), PrepareError> {
+        let rules = Rules::new(self.file.direct_use(), config.file_request_bytes);
+        let requests = Requests::new(sets, &rules).map_err(|_| PrepareError::TooLarge {
+            what: "number of requests of a part",
+            got: sets.len() as u64,
+            limit: REQUESTS_MAX as u64,
+        })?;
+        let work = FileWork {
+            file: self.file.clone(),
+            requests,
+            durable: false,
+        };
+        let parts = work.requests();
+        Ok((Path::File(Arc::new(work)), parts))
+    }
+
+    /// What makes all parts durable.
+    pub(crate) fn sync(&self, session: &Session) -> Work {
+        sync_work(&self.file, session)
+    }
 }
 
 fn reason(file: &FileStore, summary: &Summary, direct: bool, durable: bool) -> String {

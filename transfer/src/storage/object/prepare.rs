@@ -64,6 +64,12 @@ pub(crate) fn prepare_objects(
         );
     }
     let local_region = own_region(core, local.registration)?;
+    if core.stage.is_near(&local_region) {
+        return Err(PrepareError::DeviceMemory {
+            region: local_region.id,
+            accepted: "objects take host memory",
+        });
+    }
     local
         .layout
         .validate(local_region.len as u64)

@@ -1,0 +1,5 @@
+//! Staged operations with host memory in the place of device memory: everything but the copies of the
+//! device is what runs with one.
+
+mod files;
+mod support;
