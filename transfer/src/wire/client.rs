@@ -419,6 +419,7 @@ impl WireClient {
             | Kind::Notify
             | Kind::Rang
             | Kind::RegionQuiet
+            | Kind::Bye
             | Kind::Ring
             | Kind::Bell
             | Kind::StripeDone
@@ -694,6 +695,8 @@ impl Backend for WireClient {
     }
 
     fn close(&self) {
+        // Nothing of ours moves any more, and the peer may know.
+        self.control.header(Header::new(Kind::Bye, 0, 0));
         self.control.close();
         self.reactors.remove(self.control_at);
         let process = self.process.lock().take();

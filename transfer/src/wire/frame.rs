@@ -34,6 +34,7 @@ pub(crate) enum Kind {
     Notify = 35,
     Rang = 36,
     RegionQuiet = 37,
+    Bye = 38,
     // Control connection, from the target.
     Region = 48,
     Window = 49,
@@ -69,6 +70,7 @@ impl Kind {
             35 => Self::Notify,
             36 => Self::Rang,
             37 => Self::RegionQuiet,
+            38 => Self::Bye,
             48 => Self::Region,
             49 => Self::Window,
             50 => Self::WindowClose,

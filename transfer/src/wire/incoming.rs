@@ -17,6 +17,7 @@ use super::reactor::{Event, Flow, Placement, Reactors, Source};
 use super::socket::Socket;
 use super::watch::Pulse;
 use crate::agent::{Core, next_session_key};
+use crate::clock::after;
 use crate::config::RemoteAccess;
 use crate::cuda::{DeviceRange, Share};
 use crate::error::LossCause;
@@ -44,6 +45,12 @@ pub(crate) struct Incoming {
     maps: bool,
     pulse: Pulse,
     lost: AtomicBool,
+    /// It maps device memory of ours.
+    on_devices: AtomicBool,
+    /// It has said that nothing of it moves any more.
+    bye: AtomicBool,
+    /// Its connection is gone, and its process is being waited for.
+    fading: AtomicBool,
     /// Raised after bytes were placed and read before a notification is delivered: orders the two
     /// for readers in this process, whichever threads served the sockets.
     placed: AtomicU64,
@@ -118,6 +125,9 @@ impl Incoming {
             maps,
             pulse: Pulse::new(core.config.peer_loss_timeout, hello.loss_timeout),
             lost: AtomicBool::new(false),
+            on_devices: AtomicBool::new(false),
+            bye: AtomicBool::new(false),
+            fading: AtomicBool::new(false),
             placed: AtomicU64::new(0),
             state: Mutex::default(),
         })
@@ -207,6 +217,24 @@ impl Incoming {
         } else {
             self.end(cause);
         }
+    }
+
+    /// The control connection is gone.
+    ///
+    /// The kernel closes the sockets of a process that was killed before it tears down what the process
+    /// has running on a device. So an initiator that has device memory mapped and has not said
+    /// goodbye counts as quiet when its process has ended, or at the latest after the loss timeout.
+    fn closed(&self, cause: LossCause) {
+        let mapped = self.on_devices.load(Ordering::Acquire);
+        if !mapped || self.bye.load(Ordering::Acquire) {
+            return self.end(&cause);
+        }
+        self.fading.store(true, Ordering::Release);
+        let Some(incoming) = self.me.upgrade() else {
+            return;
+        };
+        let until = after(self.core.config.peer_loss_timeout);
+        self.core.timers.call(until, move || incoming.end(&cause));
     }
 
     /// The connection is over and nothing of it can move any more.
@@ -322,6 +350,7 @@ impl Incoming {
                 let region = self.state.lock().held.remove(&RegionId(header.id));
                 drop(region);
             }
+            Kind::Bye => self.bye.store(true, Ordering::Release),
             Kind::Rang => self.core.notifications.wake_tasks(),
             Kind::Notify => {
                 let code = self.deliver(body);
@@ -421,8 +450,13 @@ impl Incoming {
         };
         if self.maps {
             match range.share() {
-                Ok(Share::File(descriptor)) => *file = Some(Arc::new(descriptor)),
-                Ok(Share::Handle(handle)) => answer.handle = Some(handle),
+                Ok(share) => {
+                    self.on_devices.store(true, Ordering::Release);
+                    match share {
+                        Share::File(descriptor) => *file = Some(Arc::new(descriptor)),
+                        Share::Handle(handle) => answer.handle = Some(handle),
+                    }
+                }
                 Err(error) => {
                     let id = region.id;
                     tracing::warn!(region = %id, %error, "device memory is not shared with a peer");
@@ -500,7 +534,7 @@ impl Source for IncomingControl {
             return match self.rx.drain() {
                 Ok(()) => Flow::Keep,
                 Err(cause) => {
-                    incoming.end(&cause);
+                    incoming.closed(cause);
                     Flow::Drop
                 }
             };
@@ -519,7 +553,7 @@ impl Source for IncomingControl {
                 Flow::Again
             }
             Err(cause) => {
-                incoming.end(&cause);
+                incoming.closed(cause);
                 Flow::Drop
             }
         }
@@ -528,6 +562,8 @@ impl Source for IncomingControl {
 
 impl Drop for IncomingControl {
     fn drop(&mut self) {
-        self.incoming.end(&LossCause::Disconnected);
+        if !self.incoming.fading.load(Ordering::Acquire) {
+            self.incoming.end(&LossCause::Disconnected);
+        }
     }
 }
