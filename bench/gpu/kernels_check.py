@@ -17,7 +17,11 @@ import traceback
 
 import numpy as np
 
-KERNELS = pathlib.Path(__file__).resolve().parents[2] / "transfer/src/cuda/kernels"
+SOURCES = pathlib.Path(__file__).resolve().parents[2] / "transfer/src/cuda/kernels"
+KERNELS = ("bp_copy_bulk", "bp_copy_lanes", "bp_copy_small", "bp_permute")
+# Shared memory: a warp's slots in the kernels with slots; lanes of a warp with a stage in the bulk kernel.
+SLOTS = 8192
+STAGES_PER_WARP = 4
 CONSECUTIVE = 0xFFFFFFFF
 CALLED_OFF = 0x80000000
 MIB = 1 << 20
@@ -83,7 +87,7 @@ class Gpu:
     def compile(self, *options):
         from cupy_backends.cuda.libs import nvrtc
 
-        headers = {f.name.encode(): f.read_bytes() for f in sorted(KERNELS.iterdir()) if f.suffix in (".cu", ".cuh")}
+        headers = {f.name.encode(): f.read_bytes() for f in sorted(SOURCES.iterdir()) if f.suffix in (".cu", ".cuh")}
         source = '#include "copy.cu"\n#include "permute.cu"\n'
         program = nvrtc.createProgram(source, "kernels.cu", tuple(headers.values()), tuple(headers))
         options = (f"--gpu-architecture=sm_{self.arch}", "--std=c++17", *options)
@@ -95,19 +99,19 @@ class Gpu:
         module = ctypes.c_void_p()
         self.call("cuModuleLoadData", ctypes.byref(module), image)
         functions = {}
-        for name in ("bp_copy_bulk", "bp_copy_lanes", "bp_permute"):
+        for name in KERNELS:
             function = ctypes.c_void_p()
             if name == "bp_copy_bulk" and int(self.arch) < 90:
                 continue
             self.call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
             functions[name] = function
-        for function in functions.values():
+        for name, function in functions.items():
+            if name == "bp_copy_small":
+                continue
             # All that the static part leaves: attributes SHARED_SIZE_BYTES, MAX_DYNAMIC_SHARED_SIZE_BYTES.
             static = ctypes.c_int()
             self.call("cuFuncGetAttribute", ctypes.byref(static), 1, function)
             self.call("cuFuncSetAttribute", function, 8, (227 << 10) - static.value)
-        # Bytes of shared memory per thread that the kernels without bulk copies take.
-        functions["slots"] = 16 * sum(int(o.split("=")[1]) for o in options if "BP_ASYNC_DEPTH" in o)
         return functions
 
     def alloc(self, where, size):
@@ -167,6 +171,20 @@ class Gpu:
             if i > 1:
                 times.append(self.cp.cuda.get_elapsed_time(begin, end))
         return sorted(times)[len(times) // 2]
+
+
+def lanes(warps):
+    """Threads and shared memory of a CTA of bp_copy_lanes or bp_permute."""
+    return 32 * warps, warps * SLOTS
+
+
+def small(warps):
+    return 32 * warps, 0
+
+
+def bulk(stages, chunk):
+    """The same of bp_copy_bulk."""
+    return stages // STAGES_PER_WARP * 32, stages * chunk
 
 
 class Slot:
@@ -328,38 +346,31 @@ UNALIGNED = [
 ]
 
 
-def check_copies(gpu, functions, threads=lambda lanes: lanes, stages=1, per_warp=32, kernels=None, few=False):
+def check_copies(gpu, functions):
     slot, cases = Slot(gpu), 0
-    kernels = kernels or functions
-    for where in places(gpu)[-1:] if few else places(gpu):
+    for where in places(gpu):
         for unit, shapes in [(16, s) for s in ALIGNED] + [(u, s) for u in (1, 2, 4, 8) for s in UNALIGNED]:
-            if few and unit != 16:
-                continue
             rng = np.random.default_rng(unit * 1000 + len(shapes) + shapes[0][0])
             run = copy_case(gpu, rng, where, unit, shapes)
-            if "bp_copy_lanes" in kernels:
-                f = functions["bp_copy_lanes"]
-                for chunk, grid, block in ((4096, 16, 384), (16384, 1, 32), (1024, 132, 256)):
-                    run(slot, f, chunk, grid, block, block * functions["slots"])
-                    cases += 1
-                shared = 384 * functions["slots"]
-                run(slot, f, 4096, 7, 384, shared, launches=3)
-                run(slot, f, 4096, 7, 384, shared, guarded=1)
-                run(slot, f, 4096, 7, 384, shared, guarded=1, abort=True)
-                cases += 3
-            if "bp_copy_bulk" in kernels and unit == 16:
-                f = functions["bp_copy_bulk"]
-                for chunk, grid, lanes in ((4096, 16, 48), (16384, 1, 12), (1024, 132, 200), (4096, 3, 1), (8192, 8, 24)):
-                    lanes = max(1, lanes // stages)
-                    if per_warp < 32:
-                        lanes = -(-lanes // per_warp) * per_warp
-                    if threads(lanes) > 512 or chunk * lanes * stages > 220 << 10:
-                        continue
-                    run(slot, f, chunk, grid, threads(lanes), chunk * lanes * stages)
-                    cases += 1
-                lanes = 48 // stages
+            launches = [
+                ("bp_copy_lanes", chunk, grid, lanes(warps))
+                for chunk, grid, warps in ((4096, 16, 24), (16384, 1, 1), (1024, 132, 8), (8192, 7, 24))
+            ]
+            launches += [
+                ("bp_copy_small", chunk, grid, small(warps))
+                for chunk, grid, warps in ((2048, 1, 32), (512, 3, 7))
+            ]
+            if "bp_copy_bulk" in functions and unit == 16:
+                launches += [
+                    ("bp_copy_bulk", chunk, grid, bulk(stages, chunk))
+                    for chunk, grid, stages in ((4096, 16, 48), (16384, 1, 12), (1024, 132, 48), (4096, 3, 4), (8192, 8, 24))
+                ]
+            for name, chunk, grid, (block, shared) in launches:
+                run(slot, functions[name], chunk, grid, block, shared)
+                cases += 1
+            for name, chunk, grid, (block, shared) in launches[:: 2 if unit == 16 else 4]:
                 for options in ({"launches": 3}, {"guarded": 1}, {"guarded": 1, "abort": True}):
-                    run(slot, f, 4096, 7, threads(lanes), 4096 * lanes * stages, **options)
+                    run(slot, functions[name], chunk, grid, block, shared, **options)
                     cases += 1
         gpu.sync()
     return cases
@@ -424,9 +435,9 @@ PERMUTES = [
 ]
 
 
-def check_permutes(gpu, functions, few=False):
+def check_permutes(gpu, functions):
     slot, cases = Slot(gpu), 0
-    for where in places(gpu)[-1:] if few else places(gpu):
+    for where in places(gpu):
         for blocks, sizes, src_order, dst_order, run in PERMUTES:
             rng, table = np.random.default_rng(run + blocks), []
             shape = permute_shape(rng, blocks, sizes, src_order, dst_order, run, table)
@@ -446,17 +457,17 @@ def check_permutes(gpu, functions, few=False):
             gpu.put(ids_at, np.array(table, U32))
             widest = run & -run if run & -run < 16 else 16
             for vector in sorted({widest, 1, min(widest, 2), min(widest, 4), min(widest, 8)}, reverse=True):
-                for grid, block, launches, guard in ((16, 384, 1, 0), (3, 64, 1, 0), (5, 96, 3, 0), (4, 384, 1, 1), (4, 384, 1, 2)):
+                for grid, warps, launches, guard in ((16, 24, 1, 0), (3, 2, 1, 0), (5, 3, 3, 0), (4, 24, 1, 1), (4, 24, 1, 2)):
                     gpu.put(dst_at, canary)
                     bounds = np.linspace(0, shape["units"], launches + 1).astype(int)
                     for units in zip(bounds, bounds[1:]):
                         parameter = permute_parameter(shape, ids_at, src_at, dst_at, units, vector)
                         slot.words[32:34] = guard == 2, 0
                         parameter["done"] = slot.next(int(guard > 0))
-                        gpu.launch(functions["bp_permute"], grid, block, block * functions["slots"], parameter)
+                        gpu.launch(functions["bp_permute"], grid, *lanes(warps), parameter)
                         slot.wait(slot.ticket | (CALLED_OFF if guard == 2 else 0))
                     found = gpu.host_view(dst_at, size, np.uint8).copy() if where[1] == "host" else gpu.get(dst_at, size)
-                    name = f"permute {where[0]}->{where[1]} {sizes} {src_order}->{dst_order} run {run} vector {vector} grid {grid}x{block}"
+                    name = f"permute {where[0]}->{where[1]} {sizes} {src_order}->{dst_order} run {run} vector {vector} grid {grid}x{warps}"
                     compare(name, canary if guard == 2 else expected, found)
                     slot.check_idle()
                     cases += 1
@@ -533,92 +544,20 @@ def time_copies(gpu, functions, times):
         total = times.total // 4 if "host" in where else times.total
         head(f"{name}, {total // MIB} MiB")
         for block in (4096, 16384, 32768, 131072, MIB):
+            chunk = min(block, 8192)
+            text = f"{name} {block // 1024} KiB"
+            times.copies(f"{text} lanes", where, functions["bp_copy_lanes"], block, chunk, *lanes(24), total=total)
             if "bp_copy_bulk" in functions:
-                for lanes, chunk in ((48, 4096), (12, 16384)):
-                    if chunk <= block:
-                        times.copies(f"{name} {block // 1024} KiB bulk {lanes} x {chunk}", where, functions["bp_copy_bulk"], block, chunk, lanes, lanes * chunk, total=total)
-            if block in (4096, 32768):
-                times.copies(f"{name} {block // 1024} KiB lanes 4096", where, functions["bp_copy_lanes"], block, 4096, 512, 0, total=total)
-        # A piece that 16 bytes divide but the chunks do not, layers innermost: index arithmetic in full.
-        if "bp_copy_bulk" in functions:
-            times.copies(f"{name} 36 layers of 20 KiB, bulk 24 x 8192", where, functions["bp_copy_bulk"], 20480, 8192, 24, 24 * 8192, total=total // (36 * 20480) * 36 * 20480, layers=36)
+                stages = (192 << 10) // chunk
+                times.copies(f"{text} bulk {stages} x {chunk}", where, functions["bp_copy_bulk"], block, chunk, *bulk(stages, chunk), total=total)
+        # Layers innermost, chunks that do not fill their slots: index arithmetic in full.
+        rest = total // (36 * 20480) * 36 * 20480
+        times.copies(f"{name} 36 layers of 20 KiB lanes", where, functions["bp_copy_lanes"], 20480, 7168, *lanes(24), total=rest, layers=36)
+        # What the kernel for small copies, through registers, would do with much.
+        times.copies(f"{name} 4 KiB small", where, functions["bp_copy_small"], 4096, 2048, *small(32), total=total)
 
 
-def time_variants(gpu, times):
-    """What the kernels leave open."""
-    few = (4, 8, 16, 24, 64)
-    ways = [path for path in paths(gpu) if path[0] in ("push", "pull")] or [("same", (0, 0))]
-
-    def bulk(label, functions, name, where, blocks, shapes, stages=1, per_warp=32):
-        def threads(lanes):
-            return lanes if per_warp == 32 else -(-lanes // per_warp) * 32
-
-        for block in blocks:
-            for lanes, chunk in shapes:
-                lanes = lanes // stages
-                if per_warp < 32:
-                    lanes = lanes // per_warp * per_warp
-                if lanes and threads(lanes) <= 512 and chunk <= block:
-                    times.copies(f"{label} {name} {block // 1024} KiB {lanes} x {chunk}", where, functions["bp_copy_bulk"], block, chunk, threads(lanes), lanes * stages * chunk, few)
-
-    both = (4096, 32768)
-    if int(gpu.arch) >= 90:
-        head("bulk: order of chunks (0 lanes side by side, 1 a range per lane, 2 a range per CTA)", few)
-        for order in (0, 1, 2):
-            functions = gpu.compile(f"-DBP_BULK_ORDER={order}", f"-DBP_LANES_ORDER={order}")
-            check_copies(gpu, functions, kernels=("bp_copy_bulk", "bp_copy_lanes"), few=True)
-            for name, where in ways:
-                bulk(f"order {order}", functions, name, where, both, ((48, 4096), (12, 16384)))
-        head("bulk: stages and lanes", few)
-        for label, options, stages, per_warp in (
-            ("2 stages", ("-DBP_BULK_STAGES=2",), 2, 32),
-            ("3 stages", ("-DBP_BULK_STAGES=3",), 3, 32),
-            ("4 lanes/warp", ("-DBP_LANES_PER_WARP=4",), 1, 4),
-            ("12 lanes/warp", ("-DBP_LANES_PER_WARP=12",), 1, 12),
-            ("16 lanes/warp", ("-DBP_LANES_PER_WARP=16",), 1, 16),
-            ("2 stages 4 lanes/warp", ("-DBP_BULK_STAGES=2", "-DBP_LANES_PER_WARP=4"), 2, 4),
-            ("evict_first", ("-DBP_EVICT_FIRST",), 1, 32),
-        ):
-            functions = gpu.compile(*options)
-            wide = (lambda lanes: lanes) if per_warp == 32 else (lambda lanes, per_warp=per_warp: -(-lanes // per_warp) * 32)
-            check_copies(gpu, functions, wide, stages, per_warp, ("bp_copy_bulk",), few=True)
-            for name, where in ways:
-                bulk(label, functions, name, where, both, ((48, 4096), (24, 8192), (12, 16384)), stages, per_warp)
-        functions = gpu.compile()
-        for name, where in ways:
-            bulk("plain", functions, name, where, both, ((16, 4096), (24, 4096), (32, 4096), (54, 4096), (96, 2048), (6, 16384), (13, 16384), (24, 8192), (6, 32768)))
-    head("lanes: order, threads, loads in flight", few)
-    for order in (3, 1, 2):
-        for threads, flight in ((512, 8), (512, 4), (1024, 4), (1024, 8), (256, 16), (256, 8)):
-            if order == 2 and (threads, flight) != (512, 8):
-                continue
-            functions = gpu.compile(f"-DBP_LANES_ORDER={order}", f"-DBP_THREADS={threads}", f"-DBP_IN_FLIGHT={flight}")
-            label = f"order {order} {threads} x {flight}"
-            if (threads, flight) == (512, 8):
-                check_copies(gpu, functions, kernels=("bp_copy_lanes",), few=True)
-            for name, where in ways:
-                for block in (*both, MIB):
-                    times.copies(f"{label} lanes {name} {block // 1024} KiB", where, functions["bp_copy_lanes"], block, 4096, threads, 0, few)
-                if order == 3:
-                    time_permute(gpu, functions, times, f"{label} permute {name}", where, threads, few)
-    head("lanes: fetched into shared memory", few)
-    for threads, depth in ((512, 16), (768, 16), (768, 8), (1024, 8), (1024, 12), (384, 32), (384, 16)):
-        functions = gpu.compile(f"-DBP_THREADS={threads}", f"-DBP_ASYNC_DEPTH={depth}")
-        if threads == 384:
-            check_copies(gpu, functions, kernels=("bp_copy_lanes",), few=True)
-            check_permutes(gpu, functions, few=True)
-        label = f"async {threads} x {depth}"
-        for name, where in ways:
-            for block in both:
-                times.copies(f"{label} lanes {name} {block // 1024} KiB", where, functions["bp_copy_lanes"], block, min(block, 512 * depth), threads, threads * functions["slots"], few)
-            time_permute(gpu, functions, times, f"{label} permute {name}", where, threads, few)
-    functions = gpu.compile("-DBP_LANES_ORDER=1")
-    for name, where in ways:
-        for chunk in (1024, 2048, 8192, 16384, 32768):
-            times.copies(f"order 1 lanes {name} 32 KiB chunks of {chunk}", where, functions["bp_copy_lanes"], 32768, chunk, 512, 0, few)
-
-
-def time_permute(gpu, functions, times, label, where, threads, grids, src_order=(0, 1, 2, 3), dst_order=(0, 1, 3, 2), run=256):
+def time_permute(gpu, functions, times, label, where, grids, src_order=(0, 1, 2, 3), dst_order=(0, 1, 3, 2), run=256):
     sizes, total = (36, 2, 16, 8), times.total
     block = int(np.prod(sizes)) * run
     # Ids go to twice the number of blocks.
@@ -629,7 +568,7 @@ def time_permute(gpu, functions, times, label, where, threads, grids, src_order=
     gpu.put(ids_at, np.array(table, U32))
     parameter = permute_parameter(shape, ids_at, times.at(where[0], "src"), times.at(where[1], "dst"), (0, shape["units"]), 16)
     parameter["done"] = times.slot.next()
-    times.row(label, lambda grid: gpu.launch(functions["bp_permute"], grid, threads, threads * functions["slots"], parameter), blocks * block, grids)
+    times.row(label, lambda grid: gpu.launch(functions["bp_permute"], grid, *lanes(24), parameter), blocks * block, grids)
 
 
 def time_permutes(gpu, functions, times):
@@ -643,37 +582,56 @@ def time_permutes(gpu, functions, times):
             ("layer-first->token-first", (0, 1, 2, 3), (2, 0, 1, 3)),
         ):
             for run in (256, 128):
-                time_permute(gpu, functions, times, f"{name} {text} run {run}", where, 512, GRIDS, src_order, dst_order, run)
+                time_permute(gpu, functions, times, f"{name} {text} run {run}", where, GRIDS, src_order, dst_order, run)
+
+
+# Bytes, kernel, CTAs, warps of each, chunk.
+SMALL = (
+    (16, "bp_copy_small", 1, 1, 16),
+    (4096, "bp_copy_small", 1, 8, 512),
+    (4096, "bp_copy_small", 1, 2, 2048),
+    (4096, "bp_copy_lanes", 1, 8, 512),
+    (16384, "bp_copy_small", 1, 32, 512),
+    (65536, "bp_copy_small", 1, 32, 2048),
+    (65536, "bp_copy_small", 2, 32, 1024),
+    (65536, "bp_copy_small", 4, 16, 1024),
+    (65536, "bp_copy_small", 8, 16, 512),
+    (65536, "bp_copy_lanes", 4, 16, 1024),
+    (MIB, "bp_copy_small", 16, 32, 2048),
+    (MIB, "bp_copy_lanes", 16, 22, 3072),
+    (MIB, "bp_copy_lanes", 32, 24, 1536),
+)
 
 
 def time_small(gpu, functions, times):
     """Launch to flag, seen by this thread; mostly the interpreter's own time."""
-    if "bp_copy_bulk" not in functions:
-        return
-    where = (0, 1) if gpu.count > 1 else (0, 0)
-    src, dst = times.at(where[0], "src"), times.at(where[1], "dst")
-    print("\nlaunch to flag, us: p50, min (guarded: p50, min)")
-    for size, grid, lanes in ((16, 1, 1), (4096, 1, 1), (4096, 1, 4), (65536, 4, 16), (65536, 16, 4), (MIB, 16, 32), (MIB, 32, 32)):
-        chunk = min(size, 4096 if lanes != 4 or size > 4096 else 1024)
+    ways = [path for path in paths(gpu) if path[0] != "same"]
+    names = [name for name, _ in ways]
+    names.insert(1, f"{names[0]} guarded")
+    print(f"\nlaunch to flag, us, p50 and min: {' / '.join(names)}")
+    for size, kernel, grid, warps, chunk in SMALL:
         row = []
-        for guarded in (0, 1):
-            spent = []
-            for _ in range(200):
-                parameter = np.zeros((), COPY)
-                one = parameter["one"]
-                one["src"], one["dst"], one["piece_bytes"], one["blocks"], one["layers"] = src, dst, size, 1, 1
-                one["src_ids"] = one["dst_ids"] = CONSECUTIVE
-                one["chunks_per_piece"] = -(-size // chunk)
-                parameter["set_count"], parameter["chunk_bytes"], parameter["chunk_end"] = 1, chunk, -(-size // chunk)
-                times.slot.words[32:34] = 0
-                parameter["done"] = times.slot.next(guarded)
-                began = time.perf_counter()
-                gpu.launch(functions["bp_copy_bulk"], grid, lanes, lanes * chunk, parameter)
-                times.slot.wait(times.slot.ticket)
-                spent.append(time.perf_counter() - began)
-            spent.sort()
-            row.append(f"{spent[100] * 1e6:6.1f} {spent[0] * 1e6:6.1f}")
-        print(f"{size:8d} bytes, {grid:2d} CTAs x {lanes:2d}: {row[0]} ({row[1]})", flush=True)
+        for number, (_, where) in enumerate(ways):
+            src, dst = times.at(where[0], "src"), times.at(where[1], "dst")
+            for guarded in (0, 1) if number == 0 else (0,):
+                spent = []
+                for _ in range(200):
+                    parameter = np.zeros((), COPY)
+                    one = parameter["one"]
+                    one["src"], one["dst"], one["piece_bytes"], one["blocks"], one["layers"] = src, dst, size, 1, 1
+                    one["src_ids"] = one["dst_ids"] = CONSECUTIVE
+                    one["chunks_per_piece"] = -(-size // chunk)
+                    parameter["set_count"], parameter["chunk_bytes"], parameter["chunk_end"] = 1, chunk, -(-size // chunk)
+                    times.slot.words[32:34] = 0
+                    parameter["done"] = times.slot.next(guarded)
+                    threads, shared = small(warps) if kernel == "bp_copy_small" else lanes(warps)
+                    began = time.perf_counter()
+                    gpu.launch(functions[kernel], grid, threads, shared, parameter)
+                    times.slot.wait(times.slot.ticket)
+                    spent.append(time.perf_counter() - began)
+                spent.sort()
+                row.append(f"{spent[100] * 1e6:5.1f} {spent[0] * 1e6:5.1f}")
+        print(f"{size:8d} bytes, {kernel[8:]:5} {grid:2d} CTAs x {warps:2d} warps: {' / '.join(row)}", flush=True)
 
 
 def main():
@@ -715,7 +673,6 @@ def main():
         part("copy times", lambda: time_copies(gpu, functions, times))
         part("permute times", lambda: time_permutes(gpu, functions, times))
         part("small", lambda: time_small(gpu, functions, times))
-        part("variants", lambda: time_variants(gpu, times))
     print("failed: " + ", ".join(failures) if failures else "ok", flush=True)
     return 1 if failures else 0
 

@@ -9,19 +9,23 @@ use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute as Attribute};
 use super::device::Device;
 use super::driver::{attribute, check, driver, handle};
 use super::error::CudaError;
-use super::kernels::{self, KernelError};
-use super::plan::BULK_STAGES_BYTES;
+use super::kernels::shape::{Limits, SHARED_BYTES_MAX, SHARED_BYTES_STATIC, Shape};
+use super::kernels::{self, CAPABILITY_BULK, KernelError};
 use crate::config::CudaConfig;
 
 /// Kernels of one device.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Kernels {
-    /// For aligned blocks, on devices that have bulk copies.
+    /// For aligned blocks and few multiprocessors, on devices that have bulk copies.
     pub(super) bulk: Option<Function>,
     /// For all blocks on all devices.
     pub(super) lanes: Function,
+    /// For what one CTA copies at once.
+    pub(super) small: Function,
     /// For blocks whose order of bytes changes.
     pub(super) permute: Function,
+    /// What they may be launched with.
+    pub(super) limits: Limits,
 }
 
 /// A kernel.
@@ -54,15 +58,17 @@ impl Kernels {
             handle(i32::try_from(device.ordinal()).unwrap_or(i32::MAX))?,
             sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
         )?;
-        let bulk = if device.info.capability.0 >= 9 && shared >= BULK_STAGES_BYTES {
-            Some(Function::find(module, c"bp_copy_bulk")?.with_shared(BULK_STAGES_BYTES)?)
-        } else {
-            None
+        let limits = Limits {
+            bulk: device.info.capability >= CAPABILITY_BULK,
+            shared_bytes: SHARED_BYTES_MAX.min(shared.saturating_sub(SHARED_BYTES_STATIC)),
         };
+        let find = |name| Function::find(module, name)?.with_shared(limits.shared_bytes);
         let kernels = Self {
-            bulk,
-            lanes: Function::find(module, c"bp_copy_lanes")?,
-            permute: Function::find(module, c"bp_permute")?,
+            bulk: limits.bulk.then(|| find(c"bp_copy_bulk")).transpose()?,
+            lanes: find(c"bp_copy_lanes")?,
+            small: Function::find(module, c"bp_copy_small")?,
+            permute: find(c"bp_permute")?,
+            limits,
         };
         tracing::info!(
             device = device.ordinal(),
@@ -117,9 +123,7 @@ impl Function {
     pub(super) unsafe fn launch<P>(
         self,
         stream: sys::CUstream,
-        ctas: u32,
-        threads: u32,
-        shared_bytes: u32,
+        shape: Shape,
         parameter: &P,
     ) -> Result<(), CudaError> {
         let mut parameters = [std::ptr::from_ref(parameter).cast_mut().cast::<c_void>()];
@@ -127,13 +131,13 @@ impl Function {
         check("launch a kernel", unsafe {
             sys::cuLaunchKernel(
                 self.0,
-                ctas,
+                shape.ctas,
                 1,
                 1,
-                threads,
+                shape.threads,
                 1,
                 1,
-                shared_bytes,
+                shape.shared_bytes,
                 stream,
                 parameters.as_mut_ptr(),
                 std::ptr::null_mut(),

@@ -21,11 +21,10 @@ use parking_lot::{Condvar, Mutex};
 use super::device::Device;
 use super::error::CudaError;
 use super::kernels::abi::BpDone;
-use super::plan::Grid;
 use super::share::SmShare;
 use super::slots::{Slot, SlotPool};
 use super::stream::{Lease, Streams};
-use super::work::DeviceWork;
+use super::work::{DeviceWork, Grid};
 use crate::config::CudaConfig;
 use crate::error::{DeviceFailure, TransferError};
 use crate::op::TransferState;
@@ -230,12 +229,14 @@ impl Mover {
         let most = device.info.multiprocessors;
         if let Some(sms) = wanted {
             let grid = work.grid(part, sms.clamp(1, most));
-            return (grid, device.occupied.take(grid.ctas));
+            return (grid, device.occupied.take(grid.ctas()));
         }
         let full = work.grid(part, work.sms);
         let total = self.config.sms_total.min(most);
-        let share = device.occupied.share(full.ctas, total, self.config.sms_min);
-        if share.sms() == full.ctas {
+        let share = device
+            .occupied
+            .share(full.ctas(), total, self.config.sms_min);
+        if share.sms() == full.ctas() {
             (full, share)
         } else {
             (work.grid(part, share.sms()), share)

@@ -3,19 +3,9 @@
 use std::collections::HashMap;
 
 use super::kernels::abi::{BpSet, CONSECUTIVE};
+use super::kernels::shape;
 use crate::plan::{BlockIds, BlockLayout, Order};
 
-/// Shared memory that the stages of one CTA of the bulk kernel take together.
-pub(super) const BULK_STAGES_BYTES: u32 = 192 << 10;
-/// Largest stage: larger ones leave too few in flight on a multiprocessor to cover the latency of the
-/// link.
-const CHUNK_BYTES_MAX: u64 = 16 << 10;
-/// Smallest stage into which pieces are cut for the sake of more multiprocessors.
-const CHUNK_BYTES_MIN: u64 = 2 << 10;
-/// Most lanes of a CTA of the bulk kernel.
-const LANES_MAX: u64 = 256;
-/// Chunks that every lane should get before pieces are cut no further.
-const CHUNKS_PER_LANE: u64 = 1;
 /// Bytes of one launch: what can be called off is what has not been launched or has not started.
 const LAUNCH_BYTES_MAX: u64 = 1 << 30;
 
@@ -51,13 +41,6 @@ pub(super) struct Copies {
     pub(super) aligned: bool,
 }
 
-/// How many lanes a CTA of the bulk kernel has, and how many CTAs there are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Grid {
-    pub(super) ctas: u32,
-    pub(super) lanes: u32,
-}
-
 /// More chunks than the kernels can number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct TooManyChunks(pub(super) u64);
@@ -69,7 +52,7 @@ pub(super) fn lay_out(pairs: &[Pair<'_>], sms: u32) -> Result<Copies, TooManyChu
     let pieces = |set: &BpSet| u64::from(set.blocks) * u64::from(set.layers);
     let bytes: u64 = sets.iter().map(|set| pieces(set) * set.piece_bytes).sum();
     let piece_bytes_max = sets.iter().map(|set| set.piece_bytes).max().unwrap_or(0);
-    let chunk_bytes = chunk_bytes(bytes, piece_bytes_max, sms);
+    let chunk_bytes = shape::chunk_bytes(bytes, piece_bytes_max, sms);
     let mut chunks = 0u64;
     for set in &mut sets {
         let per_piece = set.piece_bytes.div_ceil(chunk_bytes);
@@ -106,32 +89,7 @@ pub(super) fn lay_out(pairs: &[Pair<'_>], sms: u32) -> Result<Copies, TooManyChu
     })
 }
 
-/// Stages as large as pieces, but smaller ones where there would be too few to keep every
-/// multiprocessor busy.
-fn chunk_bytes(bytes: u64, piece_bytes_max: u64, sms: u32) -> u64 {
-    let largest = piece_bytes_max
-        .clamp(16, CHUNK_BYTES_MAX)
-        .next_multiple_of(16);
-    let lanes = (u64::from(BULK_STAGES_BYTES) / largest).min(LANES_MAX);
-    let wanted = u64::from(sms) * lanes * CHUNKS_PER_LANE;
-    let fair = (bytes / wanted.max(1)).next_multiple_of(512);
-    fair.clamp(CHUNK_BYTES_MIN.min(largest), largest)
-}
-
 impl Copies {
-    /// CTAs for a budget of `sms`, each with as many lanes as there are stages or chunks for it.
-    pub(super) fn grid(&self, chunks: u32, sms: u32) -> Grid {
-        let chunks = u64::from(chunks);
-        let most = u64::from(BULK_STAGES_BYTES / self.chunk_bytes).min(LANES_MAX);
-        // Lanes beyond a warp add nothing until every multiprocessor has a few.
-        let spread = chunks.div_ceil(u64::from(sms)).max(1);
-        let lanes = most.min(spread);
-        Grid {
-            ctas: narrow(chunks.div_ceil(lanes).min(u64::from(sms))).max(1),
-            lanes: narrow(lanes),
-        }
-    }
-
     pub(super) fn bytes(&self) -> u64 {
         let pieces = |set: &BpSet| u64::from(set.blocks) * u64::from(set.layers);
         let bytes = self.sets.iter().map(|set| pieces(set) * set.piece_bytes);

@@ -10,10 +10,11 @@ use super::device::{Device, Table};
 use super::driver::check;
 use super::error::CudaError;
 use super::kernels::abi::{BpCopy, BpDone, BpPermute, BpSet};
+use super::kernels::shape::{self, CopyBy, Shape};
 use super::loaded::{Function, Kernels};
 use super::permute;
 use super::pin::{Pin, PinnedSpan, Unpinned};
-use super::plan::{BULK_STAGES_BYTES, Blocks, Copies, Grid, IdTable, Pair, TooManyChunks, lay_out};
+use super::plan::{Blocks, Copies, IdTable, Pair, TooManyChunks, lay_out};
 use super::stream::Lease;
 use crate::agent::{Core, DeviceOfPeer, MappedMemory, RemoteMemory, RemoteRegion};
 use crate::clock::after;
@@ -22,10 +23,6 @@ use crate::memory::Region;
 use crate::op::{Op, SetPair, TensorCopy};
 use crate::plan::{BlockSet, FROM, TO};
 
-/// Threads of a CTA of the kernels that load and store.
-const THREADS: u32 = 512;
-/// Units that a warp of the permuting kernel takes at a time.
-const WARP_UNITS: u64 = 32;
 /// Bytes of one launch that rearranges.
 const LAUNCH_BYTES_MAX: u64 = 1 << 30;
 /// What links and buses have been seen to move, in bytes per second: how long a transfer is left alone
@@ -37,9 +34,10 @@ const BUS_BYTES_PER_S: f64 = 50e9;
 pub(crate) struct DeviceWork {
     /// The device whose multiprocessors or engines do it.
     pub(super) device: &'static Device,
+    kernels: Kernels,
     launches: Vec<Launch>,
     /// What all launches that copy share.
-    copies: Option<CopyKernel>,
+    copies: Option<Copies>,
     engine: Vec<EngineCopy>,
     /// The set table and the ids behind it.
     table: Option<Table>,
@@ -53,14 +51,21 @@ pub(crate) struct DeviceWork {
 enum Launch {
     /// Chunks of the copies.
     Copy(Range<u32>),
-    Permute(Function, Box<BpPermute>),
+    Permute(Box<BpPermute>),
 }
 
-/// The kernel that copies without rearranging, and what it is given.
-struct CopyKernel {
+/// How one part is launched.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Grid {
     function: Function,
-    bulk: bool,
-    copies: Copies,
+    shape: Shape,
+}
+
+impl Grid {
+    /// Multiprocessors that it takes.
+    pub(super) const fn ctas(&self) -> u32 {
+        self.shape.ctas
+    }
 }
 
 /// One copy of a copy engine.
@@ -116,7 +121,7 @@ impl DeviceWork {
             Self::permuting(&mut reach, kernels, op, tensors, sms)
         }
         .map_err(|trouble| trouble.on(ordinal))?;
-        if let Some(CopyKernel { copies, .. }) = &work.copies
+        if let Some(copies) = &work.copies
             && copies.pieces <= u64::from(config.engine_pieces_max)
             && copies.piece_bytes_min >= config.engine_bytes_min
         {
@@ -147,19 +152,15 @@ impl DeviceWork {
             unsafe { std::slice::from_raw_parts(sets.as_ptr().cast::<u8>(), size_of_val(sets)) };
         table.extend_from_slice(bytes);
         push_ids(&mut table, &copies.ids);
-        let bulk = kernels.bulk.filter(|_| copies.aligned);
         Ok(Self {
             device,
+            kernels: *kernels,
             launches: copies.launches().map(Launch::Copy).collect(),
             engine: Vec::new(),
             table: upload(device, &table)?,
             sms,
             seconds: copies.bytes() as f64 / LINK_BYTES_PER_S,
-            copies: Some(CopyKernel {
-                function: bulk.unwrap_or(kernels.lanes),
-                bulk: bulk.is_some(),
-                copies,
-            }),
+            copies: Some(copies),
         })
     }
 
@@ -207,11 +208,12 @@ impl DeviceWork {
                     unit_end,
                     ..parameter
                 };
-                launches.push(Launch::Permute(kernels.permute, Box::new(part)));
+                launches.push(Launch::Permute(Box::new(part)));
             }
         }
         Ok(Self {
             device: reach.device,
+            kernels: *kernels,
             launches,
             copies: None,
             engine: Vec::new(),
@@ -234,7 +236,7 @@ impl DeviceWork {
     fn explain(&self) -> String {
         let device = self.device;
         let most = device.info.multiprocessors;
-        let Some(CopyKernel { bulk, copies, .. }) = &self.copies else {
+        let Some(copies) = &self.copies else {
             let sms = self.sms;
             return format!("{device:?} rearranges with {sms} of {most} SMs");
         };
@@ -250,38 +252,56 @@ impl DeviceWork {
                 "{pieces} contiguous pieces of up to {piece_bytes_max} bytes go to the copy engines of {device:?}"
             );
         }
-        let Grid { ctas, lanes } = self.grid(0, self.sms);
-        if *bulk {
-            return format!(
-                "{device:?} copies with {ctas} of {most} SMs, {lanes} bulk copies of {chunk_bytes} bytes in flight on each"
-            );
-        }
-        let why = if *aligned {
-            "it has no bulk copies"
-        } else {
-            "not everything is aligned to 16 bytes"
+        let (by, Shape { ctas, threads, .. }) = self.copy_shape(copies, 0..copies.chunks, self.sms);
+        let how = match by {
+            CopyBy::Small => "it is over before more could help".to_owned(),
+            CopyBy::Lanes if *aligned => format!("{} warps on each", threads / 32),
+            CopyBy::Lanes => "not everything is aligned to 16 bytes".to_owned(),
+            CopyBy::Bulk => "bulk copies, because the SMs are few".to_owned(),
         };
-        format!("{device:?} copies with {ctas} of {most} SMs by loads and stores ({why})")
+        format!(
+            "{device:?} copies with {ctas} of {most} SMs in chunks of {chunk_bytes} bytes ({how})"
+        )
     }
 
-    /// How a part spreads over `sms` multiprocessors, or fewer if it is small.
+    fn copy_shape(&self, copies: &Copies, chunks: Range<u32>, sms: u32) -> (CopyBy, Shape) {
+        shape::copy(
+            self.kernels.limits,
+            copies.aligned,
+            copies.bytes(),
+            copies.chunk_bytes,
+            chunks.end - chunks.start,
+            sms,
+        )
+    }
+
+    /// Which kernel does a part, and how it spreads over `sms` multiprocessors, or fewer if it is small.
     pub(super) fn grid(&self, part: u32, sms: u32) -> Grid {
-        let warps = u64::from(THREADS / 32);
-        let for_work = |warps_wanted: u64| Grid {
-            ctas: u32::try_from(warps_wanted.div_ceil(warps))
-                .unwrap_or(u32::MAX)
-                .clamp(1, sms),
-            lanes: THREADS,
-        };
+        let Kernels {
+            bulk,
+            lanes,
+            small,
+            permute,
+            limits,
+        } = self.kernels;
         match (self.launches.get(part as usize), &self.copies) {
-            (Some(Launch::Copy(range)), Some(kernel)) if kernel.bulk => {
-                kernel.copies.grid(range.end - range.start, sms)
+            (Some(Launch::Permute(parameter)), _) => Grid {
+                function: permute,
+                shape: shape::permute(limits, parameter.unit_end - parameter.unit_begin, sms),
+            },
+            (Some(Launch::Copy(range)), Some(copies)) => {
+                let (by, shape) = self.copy_shape(copies, range.clone(), sms);
+                let function = match by {
+                    CopyBy::Small => small,
+                    CopyBy::Lanes => lanes,
+                    CopyBy::Bulk => bulk.unwrap_or(lanes),
+                };
+                Grid { function, shape }
             }
-            (Some(Launch::Copy(range)), _) => for_work(u64::from(range.end - range.start)),
-            (Some(Launch::Permute(_, parameter)), _) => {
-                for_work((parameter.unit_end - parameter.unit_begin).div_ceil(WARP_UNITS))
-            }
-            (None, _) => for_work(1),
+            (Some(Launch::Copy(_)) | None, _) => Grid {
+                function: small,
+                shape: shape::permute(limits, 1, 1),
+            },
         }
     }
 
@@ -292,29 +312,23 @@ impl DeviceWork {
     pub(super) unsafe fn launch(
         &self,
         part: u32,
-        Grid { ctas, lanes }: Grid,
+        Grid { function, shape }: Grid,
         lease: &Lease,
         done: BpDone,
     ) -> Result<(), CudaError> {
         match (self.launches.get(part as usize), &self.copies) {
-            (Some(Launch::Copy(range)), Some(kernel)) => {
-                let parameter = kernel.parameter(range, self.table.as_ref(), done);
-                let shared = if kernel.bulk {
-                    (lanes * parameter.chunk_bytes).min(BULK_STAGES_BYTES)
-                } else {
-                    0
-                };
-                let function = kernel.function;
-                // SAFETY: the parameter is that of both copy kernels; the rest by the contract.
-                unsafe { function.launch(lease.stream.0, ctas, lanes, shared, &parameter) }
+            (Some(Launch::Copy(range)), Some(copies)) => {
+                let parameter = parameter(copies, range, self.table.as_ref(), done);
+                // SAFETY: the parameter is that of all copy kernels; the rest by the contract.
+                unsafe { function.launch(lease.stream.0, shape, &parameter) }
             }
-            (Some(Launch::Permute(function, parameter)), _) => {
+            (Some(Launch::Permute(parameter)), _) => {
                 let parameter = BpPermute {
                     done,
                     ..**parameter
                 };
                 // SAFETY: the parameter is that of the kernel; the rest by the contract.
-                unsafe { function.launch(lease.stream.0, ctas, lanes, 0, &parameter) }
+                unsafe { function.launch(lease.stream.0, shape, &parameter) }
             }
             (Some(Launch::Copy(_)) | None, _) => Ok(()),
         }
@@ -343,27 +357,26 @@ impl DeviceWork {
     }
 }
 
-impl CopyKernel {
-    fn parameter(&self, range: &Range<u32>, table: Option<&Table>, done: BpDone) -> BpCopy {
-        let Copies {
-            sets, chunk_bytes, ..
-        } = &self.copies;
-        let at = table.map_or(0, |table| table.address);
-        let in_table = if sets.len() > 1 {
-            size_of_val(sets.as_slice()) as u64
-        } else {
-            0
-        };
-        BpCopy {
-            one: sets.first().copied().unwrap_or_default(),
-            sets: at,
-            ids: at + in_table,
-            set_count: u32::try_from(sets.len()).unwrap_or(u32::MAX),
-            chunk_bytes: *chunk_bytes,
-            chunk_begin: range.start,
-            chunk_end: range.end,
-            done,
-        }
+/// What the kernels that copy are given for a range of chunks.
+fn parameter(copies: &Copies, range: &Range<u32>, table: Option<&Table>, done: BpDone) -> BpCopy {
+    let Copies {
+        sets, chunk_bytes, ..
+    } = copies;
+    let at = table.map_or(0, |table| table.address);
+    let in_table = if sets.len() > 1 {
+        size_of_val(sets.as_slice()) as u64
+    } else {
+        0
+    };
+    BpCopy {
+        one: sets.first().copied().unwrap_or_default(),
+        sets: at,
+        ids: at + in_table,
+        set_count: u32::try_from(sets.len()).unwrap_or(u32::MAX),
+        chunk_bytes: *chunk_bytes,
+        chunk_begin: range.start,
+        chunk_end: range.end,
+        done,
     }
 }
 

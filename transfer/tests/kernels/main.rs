@@ -48,8 +48,9 @@ fn every_kernel_compiles_for_every_architecture() {
     for (image, (major, minor)) in images.iter().zip(CAPABILITIES) {
         assert_eq!(image.output, format!("sm_{major}{minor}"));
         assert_eq!(&image.bytes[..4], b"\x7fELF", "{image:?}");
-        assert!(contains(image, "bp_copy_lanes"), "{image:?}");
-        assert!(contains(image, "bp_permute"), "{image:?}");
+        for kernel in ["bp_copy_lanes", "bp_copy_small", "bp_permute"] {
+            assert!(contains(image, kernel), "{kernel}: {image:?}");
+        }
         // Bulk copies exist from 9.0 on.
         assert_eq!(contains(image, "bp_copy_bulk"), major >= 9, "{image:?}");
     }

@@ -2,17 +2,10 @@
 #ifndef BP_ACCESS
 #define BP_ACCESS
 
-// Threads of a CTA, at most, and loads of one thread in flight: 128 bytes a thread, 64 KiB an SM. A peer's
-// memory is 1.2 us away, so this keeps 50 GB/s an SM going.
-#ifndef BP_THREADS
-#define BP_THREADS 512
-#endif
-#ifndef BP_ASYNC_DEPTH
-#define BP_ASYNC_DEPTH 0
-#endif
-#ifndef BP_IN_FLIGHT
-#define BP_IN_FLIGHT 8
-#endif
+// Loads of one thread in flight in registers.
+#define BP_IN_FLIGHT 4
+// Rows of 512 bytes that a warp fetches into its slots of shared memory at a time: 8 KiB a warp.
+#define BP_ROWS 16
 
 struct Bytes16 {
     u32 a, b, c, d;
@@ -50,15 +43,17 @@ template <> __device__ __forceinline__ u8 bp_load(u64 at) {
     return (u8)v;
 }
 
-#if BP_ASYNC_DEPTH
-extern __shared__ __align__(128) u8 bp_slots[];
-// The lane's slots of shared memory: BP_ASYNC_DEPTH of 16 bytes, 512 apart.
+// Slots of shared memory keep more in flight than registers can: a lane's are 16 bytes each, one per row,
+// and only that lane uses them, so that it waits for nobody else.
+extern __shared__ __align__(128) u8 bp_shared[];
+
 static __device__ __forceinline__ u32 bp_my_slots() {
-    return (u32)__cvta_generic_to_shared(bp_slots) + threadIdx.x / 32 * BP_ASYNC_DEPTH * 512 + threadIdx.x % 32 * 16;
+    return (u32)__cvta_generic_to_shared(bp_shared) + threadIdx.x / 32 * BP_ROWS * 512 + threadIdx.x % 32 * 16;
 }
 static __device__ __forceinline__ void bp_fetch(u32 slot, u64 at) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(slot), "l"(at) : "memory");
 }
+// All that this lane has fetched is there.
 static __device__ __forceinline__ void bp_fetched() {
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
@@ -67,7 +62,6 @@ static __device__ __forceinline__ Bytes16 bp_take(u32 slot) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.a), "=r"(v.b), "=r"(v.c), "=r"(v.d) : "r"(slot) : "memory");
     return v;
 }
-#endif
 
 static __device__ __forceinline__ void bp_store(u64 at, Bytes16 v) {
     asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.a), "r"(v.b), "r"(v.c), "r"(v.d)

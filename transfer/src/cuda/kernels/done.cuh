@@ -33,18 +33,21 @@ static __device__ __forceinline__ bool bp_begin(const BpDone &done) {
 
 // The end of the CTA's part; the last CTA of the launch publishes. All threads of the CTA call this, each
 // after its own copies have completed. Bulk copies whose completion a thread has waited for (wait_group,
-// not wait_group.read) are followed by an implicit fence between the proxies, so they need no other here:
-// the barrier orders them before thread 0, its fences before the flag, for every observer in the system.
+// not wait_group.read) are followed by an implicit fence between the proxies, so they need no other here.
+// The barrier orders the CTA's bytes before thread 0, the fence and the counter before the last CTA, and
+// its release before the flag, for every observer in the system. A single CTA needs no counter.
 static __device__ __forceinline__ void bp_end(const BpDone &done, bool went) {
     __syncthreads();
     if (threadIdx.x != 0) return;
-    u32 before;
-    asm volatile("fence.acq_rel.sys;" ::: "memory");
-    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(done.arrived) : "memory");
-    if (before + 1 != gridDim.x) return;
-    asm volatile("fence.acq_rel.sys;" ::: "memory");
+    if (gridDim.x > 1) {
+        u32 before;
+        asm volatile("fence.acq_rel.sys;" ::: "memory");
+        asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(done.arrived) : "memory");
+        if (before + 1 != gridDim.x) return;
+        asm volatile("fence.acq_rel.gpu;" ::: "memory");
+        asm volatile("st.relaxed.gpu.global.u32 [%0], 0;" ::"l"(done.arrived) : "memory");
+    }
     u32 value = done.ticket | (went ? 0 : BP_CALLED_OFF);
-    asm volatile("st.relaxed.gpu.global.u32 [%0], 0;" ::"l"(done.arrived) : "memory");
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(done.flag), "r"(value) : "memory");
 }
 

@@ -1,10 +1,13 @@
 //! The CUDA kernels that copy blocks: their sources, what the host passes to them, and how they are
 //! compiled for a device at run time and kept on disk.
 //!
-//! * `bp_copy_bulk` (compute capability 9.0 and later): bulk copies with a stage of shared memory per
-//!   lane; 16 divides addresses, strides and lengths.
-//! * `bp_copy_lanes` (all): vector loads and stores, any alignment.
-//! * `bp_permute` (all): copies that change the order of axes.
+//! * `bp_copy_lanes`: any alignment; warps fetch into shared memory and store from there.
+//! * `bp_copy_bulk` (compute capability 9.0 and later): bulk copies, with a stage of shared memory for
+//!   each lane that copies; 16 divides addresses, strides and lengths.
+//! * `bp_copy_small`: like `bp_copy_lanes` through registers, for one CTA.
+//! * `bp_permute`: copies that change the order of axes.
+//!
+//! Which one, in which shape: [`shape`].
 
 mod cache;
 mod compile;
@@ -13,6 +16,7 @@ mod nvrtc;
 mod walk_tests;
 
 pub(crate) mod abi;
+pub(crate) mod shape;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -28,6 +32,8 @@ use nvrtc::{Nvrtc, Output};
 
 /// The oldest compute capability that the kernels are written for.
 pub(crate) const CAPABILITY_MIN: (u32, u32) = (8, 0);
+/// The first with bulk copies.
+pub(crate) const CAPABILITY_BULK: (u32, u32) = (9, 0);
 /// Images that a process keeps; a machine has GPUs of one or two kinds.
 const IMAGES_MAX: usize = 16;
 

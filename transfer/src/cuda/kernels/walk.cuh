@@ -61,35 +61,19 @@ BP_FN BpSpan bp_chunk(const BpSet *set, const u32 *ids, u32 chunk_bytes, u32 chu
     return span;
 }
 
-// The part of a launch's chunks that falls to one of `workers`: first, first + step, ... below end.
+// The chunks of a launch that fall to one of the `workers` of each CTA: first, first + step, ... below end.
+// Neighbouring chunks go to different CTAs, so that few chunks reach all of them. In 64 bits, because a step
+// may go beyond 2^32.
 typedef struct {
     u64 first, end;
     u32 step;
 } BpShare;
 
-BP_FN BpShare bp_share(u32 order, u32 begin, u32 end, u32 cta, u32 ctas, u32 worker, u32 workers) {
+BP_FN BpShare bp_share(u32 begin, u32 end, u32 cta, u32 ctas, u32 worker, u32 workers) {
     BpShare share;
-    u64 total = end - begin;
-    if (order == 0) {
-        share.first = (u64)begin + (u64)cta * workers + worker;
-        share.end = end;
-        share.step = ctas * workers;
-    } else if (order == 1) {
-        u64 each = (total + (u64)ctas * workers - 1) / ((u64)ctas * workers);
-        share.first = begin + ((u64)cta * workers + worker) * each;
-        share.end = share.first + each;
-        share.step = 1;
-    } else if (order == 2) {
-        u64 each = (total + ctas - 1) / ctas;
-        share.first = begin + cta * each + worker;
-        share.end = begin + (cta + 1) * each;
-        share.step = workers;
-    } else {
-        share.first = (u64)begin + cta + (u64)ctas * worker;
-        share.end = end;
-        share.step = ctas * workers;
-    }
-    if (share.end > end) share.end = end;
+    share.first = (u64)begin + cta + (u64)ctas * worker;
+    share.end = end;
+    share.step = ctas * workers;
     return share;
 }
 
