@@ -92,7 +92,8 @@ pub(crate) unsafe fn copy_row(from: *const u8, to: *mut u8, row: Row, stores: St
     let apart =
         from.addr() + extent(from_step) <= to.addr() || to.addr() + extent(to_step) <= from.addr();
     let whole_lines = (to.addr() | to_step | bytes).is_multiple_of(64);
-    if stores == Stores::Streaming && apart && whole_lines && count > 1 {
+    let short = count > 1 || bytes < STREAM_PIECE_MIN;
+    if stores == Stores::Streaming && apart && whole_lines && short {
         // SAFETY: by the contract of this function; the runs do not overlap, are whole lines, and
         // `for_transfer` chose streaming on a processor that has it.
         unsafe { streaming::rows(from, to, bytes / 64, count, from_step, to_step) };

@@ -18,9 +18,9 @@ use super::incoming::{Admitted, Incoming};
 use super::reactor::{Event, Flow, Source};
 use super::socket::{Pieces, Socket};
 use crate::error::LossCause;
-use crate::memory::{Region, copy_bytes};
+use crate::memory::{Region, Stores, copy_row, publish};
 use crate::op::{Path, TransferState};
-use crate::plan::{BlockSet, Order, Segments};
+use crate::plan::{BlockSet, Order, Row, Segments};
 
 /// Bytes moved in one direction before other connections get their turn.
 const BYTES_PER_TURN: usize = 2 << 20;
@@ -480,19 +480,26 @@ impl Payload<'_> {
     }
 }
 
-/// Copies bytes that were received ahead to the begin of a logical range.
+/// Copies bytes that were received elsewhere to the begin of a logical range.
 fn place(region: &Region, set: &BlockSet, order: Order, range: Range<u64>, mut bytes: &[u8]) {
+    let stores = Stores::for_transfer(set.bytes());
     for (offset, count) in Segments::new(set, order, range) {
         let (now, rest) = bytes.split_at(usize::try_from(count).unwrap_or(0).min(bytes.len()));
-        // Offsets lie inside the region, whose length is a usize.
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        // SAFETY: the set was validated against this region: the offset is inside.
-        let base = unsafe { region.base().add(offset) };
-        // SAFETY: the piece lies inside the region, which its owner keeps alive during the call;
-        // `now` is memory of this connection and nothing references the region's.
-        unsafe { copy_bytes(now.as_ptr(), base, now.len()) };
+        let row = Row {
+            from: 0,
+            to: offset,
+            count: 1,
+            from_step: 0,
+            to_step: 0,
+            bytes: now.len() as u64,
+        };
+        // SAFETY: the piece lies inside the region, against which the set was validated and which
+        // its owner keeps alive during the call; `now` is memory of this connection and nothing
+        // references the region's.
+        unsafe { copy_row(now.as_ptr(), region.base(), row, stores) };
         bytes = rest;
     }
+    publish(stores);
 }
 
 impl Source for DataStream {
