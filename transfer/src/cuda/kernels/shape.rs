@@ -1,12 +1,12 @@
 //! Which kernel copies, and in which shape: pure rules, made from measurements on two H200 (NVLink 18 x
 //! 26.6 GB/s, PCIe 5; `bench/gpu/kernels_check.py`).
 //!
-//! In GB/s, scattered blocks of 4 / 32 KiB, by the number of CTAs:
+//! In GB/s, scattered blocks of 4 / 32 KiB in chunks of 4 / 8 KiB, by the number of CTAs:
 //!
 //! | kernel | push 4 | 8 | 16 | 64 | pull 4 | 8 | 16 | 64 |
 //! |---|---|---|---|---|---|---|---|---|
-//! | `bp_copy_bulk`, 48 x 4 KiB, 4 lanes a warp | 177 / 178 | 346 / 343 | 343 / 340 | 360 / 356 | 195 / 196 | 362 / 360 | 365 / 367 | 362 / 365 |
-//! | `bp_copy_lanes`, 24 warps x 8 KiB of slots | 166 / 169 | 324 / 331 | 344 / 344 | 362 / 360 | 170 / 182 | 343 / 363 | 368 / 370 | 368 / 367 |
+//! | `bp_copy_bulk`, 48 / 24 stages | 177 / 172 | 346 / 334 | 343 / 337 | 360 / 353 | 195 / 197 | 362 / 359 | 365 / 365 | 362 / 360 |
+//! | `bp_copy_lanes`, 24 warps | 166 / 169 | 324 / 331 | 344 / 344 | 362 / 360 | 170 / 182 | 343 / 363 | 368 / 370 | 368 / 367 |
 //!
 //! So the bulk kernel copies with few CTAs and the other one with many; what is not aligned, and older
 //! devices, have the other one only. Over the bus to host memory four CTAs of either are enough (52 and
