@@ -396,6 +396,10 @@ impl RegionOwner for Core {
         self.revision.fetch_add(1, Ordering::Relaxed);
         drop(regions);
         self.storage.forget_region(region.id);
+        let in_process = self.in_process.lock().clone();
+        for session in in_process.iter().filter_map(Weak::upgrade) {
+            session.forget_region(region.id);
+        }
         let incoming: Vec<_> = self
             .incoming
             .lock()

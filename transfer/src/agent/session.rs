@@ -306,12 +306,18 @@ impl Session {
         if self.lost().is_some() {
             return Err(Refusal::Lost);
         }
-        Ok(self.regions.lock().entry(id).or_insert(region).clone())
+        let region = self.regions.lock().entry(id).or_insert(region).clone();
+        if region.released() {
+            // It was released between the answer and the entry, which would keep its memory.
+            self.forget_region(id);
+        }
+        Ok(region)
     }
 
     /// The peer has released a region: its mapping goes with the last transfer that names it.
     pub(crate) fn forget_region(&self, id: RegionId) {
-        if let Some(region) = self.regions.lock().remove(&id) {
+        let forgotten = self.regions.lock().remove(&id);
+        if let Some(region) = forgotten {
             region.mark_released();
         }
     }

@@ -69,6 +69,25 @@ fn memory_stays_until_peers_do_not_copy_there() {
 }
 
 #[test]
+fn memory_goes_although_a_peer_of_this_process_has_used_it() {
+    let pair = Setup::new(Lane::Loopback).pair();
+    let (local, remote) = (arena(&pair.a, 8000), arena(&pair.b, 8000));
+    let side = Blocks::flat(8, 1000, &[0, 3, 1]);
+    let prepared = pair
+        .prepare(Op::Write, (&local, &side), (&remote, &side), None)
+        .unwrap();
+    prepared
+        .post(PostOptions::within(WAIT))
+        .unwrap()
+        .wait(WAIT)
+        .unwrap();
+    drop(prepared);
+    remote.close(WAIT).unwrap();
+    local.close(WAIT).unwrap();
+    assert!(pair.peer.is_connected());
+}
+
+#[test]
 fn a_hole_in_the_peers_memory_is_an_error_of_the_transfer() {
     let pair = Setup::new(Lane::Shm).pair();
     let bytes = 64 << 10;
