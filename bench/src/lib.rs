@@ -13,6 +13,7 @@
 
 pub mod engine;
 pub mod report;
+pub mod selftest;
 pub mod serve;
 pub mod transfer;
 

@@ -6,6 +6,7 @@ mod bundled;
 mod cli;
 mod deployment;
 mod doctor;
+mod kernels;
 mod node;
 mod output;
 mod role;
@@ -39,5 +40,6 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Worker(args) => role::worker::run(args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => blockplane_bench::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Selftest(args) => blockplane_bench::selftest::run(args, kernels::config()),
     }
 }

@@ -46,6 +46,8 @@ pub(crate) enum Command {
     Doctor(DoctorArgs),
     /// Measure links, the engine, or a running deployment.
     Bench(blockplane_bench::BenchArgs),
+    /// Check that this machine moves the right bytes.
+    Selftest(blockplane_bench::selftest::SelftestArgs),
 }
 
 #[cfg(test)]
