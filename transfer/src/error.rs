@@ -252,14 +252,6 @@ pub enum PrepareError {
         /// Why.
         reason: String,
     },
-    /// Device memory where only host memory will do.
-    #[error("region {region} is device memory; {accepted}")]
-    DeviceMemory {
-        /// The region.
-        region: RegionId,
-        /// What is accepted instead.
-        accepted: &'static str,
-    },
     /// Host memory was not pinned in time.
     #[error("the first {bytes} bytes of the {side} region were not pinned within {timeout:?}")]
     Unpinned {

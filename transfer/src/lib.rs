@@ -116,8 +116,9 @@
 //! everybody with access to the socket (the same user) is trusted to stay within the windows it was
 //! given: a mapping cannot be revoked block by block. Over tcp the owner of the memory checks.
 //!
-//! Device memory of this agent goes to and comes from files, which no device reaches, through a few
-//! slots of pinned memory ([`StagingConfig`]): it remains one transfer, and the plan says so.
+//! Device memory of this agent goes to and comes from places that no device reaches (files, objects,
+//! host memory of peers over tcp) through a few slots of pinned memory ([`StagingConfig`]): it
+//! remains one transfer, and the plan says so.
 //!
 //! # Rearranging on the way
 //!

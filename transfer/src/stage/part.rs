@@ -11,6 +11,8 @@ use crate::cuda::CudaUnavailable;
 use crate::error::{DeviceFailure, PrepareError, TransferError};
 use crate::op::{Op, Path, Plan, SetPair, TransferState, Work};
 use crate::plan::{BlockSet, cuts, part_range};
+#[cfg(feature = "object")]
+use crate::storage::ObjectWork;
 use crate::storage::StagedFile;
 
 /// How an operation goes through staging memory.
@@ -27,14 +29,19 @@ pub(crate) struct StagedWork {
 pub(crate) enum Far {
     /// A file.
     File(StagedFile),
+    /// Whole objects.
+    #[cfg(feature = "object")]
+    Objects(Arc<ObjectWork>),
     /// Memory of a peer; through streams or by the kernel.
     Peer { streamed: bool },
 }
 
 impl Far {
     /// Bytes that have to go as a whole.
-    pub(super) const fn unit(&self) -> Option<u64> {
+    pub(super) fn unit(&self) -> Option<u64> {
         match self {
+            #[cfg(feature = "object")]
+            Self::Objects(objects) => Some(objects.object_bytes()),
             Self::File(_) | Self::Peer { .. } => None,
         }
     }
@@ -43,6 +50,8 @@ impl Far {
     pub(super) const fn seals(&self) -> bool {
         match self {
             Self::File(file) => file.durable,
+            #[cfg(feature = "object")]
+            Self::Objects(_) => false,
             Self::Peer { .. } => false,
         }
     }
@@ -181,6 +190,8 @@ impl StagedWork {
             (Half::Seal, _) => {
                 let sealed = match &self.far {
                     Far::File(file) => Some(file.sync(&transfer.session)),
+                    #[cfg(feature = "object")]
+                    Far::Objects(_) => None,
                     Far::Peer { .. } => None,
                 };
                 let nothing = || TransferError::Staging {
@@ -212,6 +223,14 @@ impl StagedWork {
         let lane = session.lane().lane;
         let routed = match &self.far {
             Far::File(file) => file.route(&core.config.storage, &sets).map_err(no_longer)?,
+            #[cfg(feature = "object")]
+            Far::Objects(objects) => {
+                // Whole blocks of one set, numbered like the objects.
+                let numbers = sets.first().and_then(|set| set.remote.ids.as_span());
+                let (first, parts) = numbers.unwrap_or_default();
+                let part = first as usize..first as usize + parts as usize;
+                (Path::Objects(Arc::new(objects.part(part))), parts)
+            }
             Far::Peer { streamed } => crate::op::route(core, session, &sets, *streamed),
         };
         Ok(part_work(op, sets, routed, lane))

@@ -512,19 +512,25 @@ fn map_device(
     let Some(device) = answer.device else {
         return Err("it is not device memory".to_owned());
     };
-    let owner = device_with(&device.uuid).map_err(|error| error.to_string())?;
-    let owner = owner.ok_or_else(|| {
-        let uuid = device.uuid.map(|byte| format!("{byte:02x}")).concat();
-        format!("it lies on GPU {uuid}, which this process does not see (CUDA_VISIBLE_DEVICES)")
-    })?;
-    let imported = match (file, device.handle) {
+    let owner = || {
+        let owner = device_with(&device.uuid).map_err(|error| error.to_string())?;
+        owner.ok_or_else(|| {
+            let uuid = device.uuid.map(|byte| format!("{byte:02x}")).concat();
+            format!("it lies on GPU {uuid}, which this process does not see (CUDA_VISIBLE_DEVICES)")
+        })
+    };
+    let (owner, imported) = match (file, device.handle) {
         (Some(file), _) => {
-            Imported::mapped(owner, file, answer.len).map_err(|error| error.to_string())?
+            let owner = owner()?;
+            let mapped = Imported::mapped(owner, file, answer.len);
+            (owner, mapped.map_err(|error| error.to_string())?)
         }
-        (None, Some(share)) => Imported::handle(share),
+        (None, Some(share)) => (owner()?, Imported::handle(share)),
         (None, None) => {
             return Err(
-                "it is device memory, and the peer does not share it over this lane".to_owned(),
+                "it is device memory, which the peer does not share over this lane; host memory \
+                 of the peer is reached through staging memory"
+                    .to_owned(),
             );
         }
     };

@@ -2,4 +2,7 @@
 //! device is what runs with one.
 
 mod files;
+#[cfg(feature = "object")]
+mod objects;
+mod peers;
 mod support;

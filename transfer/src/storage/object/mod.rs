@@ -214,3 +214,22 @@ pub(crate) struct ObjectWork {
     create_only: bool,
     part_bytes: u64,
 }
+
+impl ObjectWork {
+    /// Bytes of an object, or of the range of it that is read.
+    pub(crate) const fn object_bytes(&self) -> u64 {
+        self.object_bytes
+    }
+
+    /// Some of the objects, as an operation of their own.
+    pub(crate) fn part(&self, objects: Range<usize>) -> Self {
+        Self {
+            client: self.client.clone(),
+            paths: self.paths.get(objects).unwrap_or_default().to_vec(),
+            object_bytes: self.object_bytes,
+            range: self.range.clone(),
+            create_only: self.create_only,
+            part_bytes: self.part_bytes,
+        }
+    }
+}

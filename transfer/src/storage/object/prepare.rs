@@ -10,6 +10,7 @@ use crate::error::{PrepareError, Side};
 use crate::memory::RegionId;
 use crate::op::{LocalBlocks, Op, Path, Plan, Prepared, SetPair, Work, own_region};
 use crate::plan::{BlockIds, BlockLayout, BlockSet, IDS_MAX, Order};
+use crate::stage::{Far, Staged};
 use crate::storage::measure::measure;
 
 pub(crate) fn prepare_objects(
@@ -64,12 +65,6 @@ pub(crate) fn prepare_objects(
         );
     }
     let local_region = own_region(core, local.registration)?;
-    if core.stage.is_near(&local_region) {
-        return Err(PrepareError::DeviceMemory {
-            region: local_region.id,
-            accepted: "objects take host memory",
-        });
-    }
     local
         .layout
         .validate(local_region.len as u64)
@@ -137,31 +132,48 @@ pub(crate) fn prepare_objects(
         }
         (Op::Write, _) => {}
     }
-    let plan = Plan {
-        op,
-        bytes: measured.bytes,
-        runs: measured.runs,
-        pieces: measured.pieces,
-        sets: 1,
-        parts: count,
-        lane: Lane::Object,
-        reason,
-    };
-    let work = ObjectWork {
+    let objects = Arc::new(ObjectWork {
         client: store.client.clone(),
         paths,
         object_bytes,
         range,
         create_only,
         part_bytes,
+    });
+    let sets = vec![set];
+    let (path, parts) = if core.stage.takes(&sets)? {
+        let staged = Staged {
+            op,
+            sets: &sets,
+            starts: &measured.starts,
+            bytes: measured.bytes,
+            why: "devices do not reach objects",
+        };
+        let (work, how) = core.stage.plan(core, &staged, Far::Objects(objects))?;
+        reason.push_str("; ");
+        reason.push_str(&how);
+        let parts = work.parts();
+        (Path::Staged(Arc::new(work)), parts)
+    } else {
+        (Path::Objects(objects), count)
+    };
+    let plan = Plan {
+        op,
+        bytes: measured.bytes,
+        runs: measured.runs,
+        pieces: measured.pieces,
+        sets: 1,
+        parts,
+        lane: Lane::Object,
+        reason,
     };
     let work = Work {
         op,
-        sets: vec![set],
+        sets,
         tensors: Vec::new(),
         starts: measured.starts,
-        path: Path::Objects(Arc::new(work)),
-        parts: count,
+        path,
+        parts,
         grant: None,
         plan,
     };
