@@ -184,6 +184,54 @@
 //! # }
 //! ```
 //!
+//! # GPUs
+//!
+//! [`Agent::allocate_device`] makes a region of device memory, [`Agent::register_device`] names memory
+//! that a framework allocated. They are used like every other region: blocks, windows, notifications and
+//! deadlines are the same, and peers of this host reach them over the connection that they have.
+//! [`Lane::Cuda`] in the plan says that a device moves the bytes: one kernel on a few multiprocessors
+//! ([`CudaConfig::sms`], [`PostOptions::sms`]) finds all blocks by itself, large contiguous pieces go to
+//! the copy engines. Host memory on the other side is pinned when it is first used, or from the start
+//! ([`ArenaConfig::pinned`]). CUDA is looked for when the first such region is made; [`probe_cuda`] tells
+//! what is there, and its absence is an error that says what to install.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//!
+//! use blockplane_transfer::{
+//!     Agent, AgentConfig, ArenaConfig, BlockLayout, DeviceArenaConfig, LocalBlocks, Op, PinConfig,
+//!     PostOptions, RemoteBlocks,
+//! };
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let timeout = Duration::from_secs(5);
+//! let agent = Agent::new(AgentConfig::new("worker"))?;
+//! let layout = BlockLayout::contiguous(1024, 32 << 10);
+//! let cache = agent.allocate_device(DeviceArenaConfig::new(0, 1024 * (32 << 10), "kv"))?;
+//! let host = agent.allocate(ArenaConfig::new(1024 * (32 << 10), "g2").pinned(PinConfig::near(0)))?;
+//!
+//! // Blocks 7 and 300 of the GPU become blocks 0 and 1 of host memory.
+//! let peer = agent.connect(&agent.metadata(), timeout)?;
+//! let local = LocalBlocks { registration: &cache, layout, ids: [7, 300].into(), layers: 0..1 };
+//! let remote = RemoteBlocks {
+//!     peer: &peer,
+//!     region: host.id(),
+//!     layout,
+//!     ids: [0, 1].into(),
+//!     layers: 0..1,
+//!     window: None,
+//! };
+//! let offload = agent.prepare(Op::Write, local, remote)?;
+//! println!("{}", offload.plan().reason);
+//! offload.post(PostOptions::within(timeout).sms(4))?.wait(timeout)?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A transfer can wait for work of the caller's on the device ([`PostOptions::after`]): the KV of a layer
+//! leaves as soon as that layer has run. An error of the device ends the transfers that it hits with
+//! [`TransferError::Device`], which says whether the device is lost for the process.
+//!
 //! # Files
 //!
 //! [`Agent::open_file`] opens a file as a place for blocks: a region of bytes with a
