@@ -367,7 +367,7 @@ mod tests {
     use crate::agent::{MappedMemory, RemoteRegion};
     use crate::config::RemoteAccess;
     use crate::memory::{Region, RegionId};
-    use crate::plan::{DescriptorList, DescriptorPair};
+    use crate::plan::{DescriptorList, DescriptorPair, KvBlockLayout, KvOrder, KvShape, KvSlice};
 
     const REGION_BYTES: usize = 4096;
 
@@ -433,6 +433,64 @@ mod tests {
             let op = if write { Op::Write } else { Op::Read };
             let expected = !twice && to.is_disjoint(&from);
             prop_assert_eq!(check_overlap(op, &sets).is_ok(), expected);
+        }
+    }
+
+    /// A part of a small cache somewhere in a region, and its bytes.
+    fn part((order, offset, heads): (usize, u64, u32), ids: Vec<u32>) -> (TensorSet, Vec<u64>) {
+        let order = [
+            KvOrder::LAYER_FIRST_NHD,
+            KvOrder::LAYER_FIRST_HND,
+            KvOrder::BLOCK_FIRST_NHD,
+            KvOrder::BLOCK_FIRST_HND,
+        ][order];
+        let shape = KvShape {
+            blocks: 4,
+            layers: 2,
+            planes: 2,
+            tokens: 3,
+            heads: 2,
+            head_bytes: 5,
+        };
+        let layout = KvBlockLayout::dense(shape, order).unwrap().at(offset);
+        let mut bytes = Vec::new();
+        for &block in &ids {
+            for (layer, plane) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                for token in 0..3 {
+                    let at = layout.head_offset(block, layer, plane, token, heads);
+                    bytes.extend(at.unwrap()..at.unwrap() + 5);
+                }
+            }
+        }
+        let slice = KvSlice::ALL.heads(heads..heads + 1);
+        (layout.select(&slice, ids.into()).unwrap(), bytes)
+    }
+
+    proptest! {
+        #[test]
+        fn overlap_of_tensors_is_found_and_nothing_else(
+            mine in (0usize..4, 0u64..400, 0u32..2),
+            theirs in (0usize..4, 0u64..400, 0u32..2),
+            same_place: bool,
+            ids in proptest::collection::vec((0u32..4, 0u32..4), 1..4),
+            same_memory: bool,
+            write: bool,
+        ) {
+            let theirs = if same_place { (theirs.0, mine.1, theirs.2) } else { theirs };
+            let (x, y) = ids.into_iter().unzip();
+            let ((here, l), (there, r)) = (part(mine, x), part(theirs, y));
+            let local = region(1);
+            let memory = if same_memory { local.clone() } else { region(2) };
+            let memory = RemoteMemory::Mapped(MappedMemory::InProcess(memory));
+            let bytes = REGION_BYTES as u64;
+            let remote = RemoteRegion::new(RegionId(9), bytes, RemoteAccess::Open, memory);
+            let (from, to) = if write { (&l, &r) } else { (&r, &l) };
+            let destination: HashSet<_> = to.iter().collect();
+            let twice = destination.len() < to.len();
+            let meet = same_memory && from.iter().any(|byte| destination.contains(byte));
+            let op = if write { Op::Write } else { Op::Read };
+            let checked = check_tensor_overlap(op, (&local, &here), (&remote, &there));
+            prop_assert_eq!(checked.is_ok(), !twice && !meet);
         }
     }
 }

@@ -259,6 +259,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::plan::{KvAxis, KvBlockLayout, KvOrder, KvShape, KvSlice};
 
     fn set(ids: &[u32]) -> BlockSet {
         BlockSet::new(BlockLayout::contiguous(10, 8), ids.into(), 0..1)
@@ -312,6 +313,70 @@ mod tests {
             let set = BlockSet::new(layout, wanted.as_slice().into(), 0..1);
             let expected = wanted.iter().all(|id| open.contains(id));
             prop_assert_eq!(scope.covers(&set).is_ok(), expected);
+        }
+    }
+
+    proptest! {
+        /// A window over the blocks of a cache covers every part of them, and only bytes of them;
+        /// so does one over their ranges.
+        #[test]
+        fn parts_of_blocks_are_covered(
+            order in Just(KvAxis::ALL).prop_shuffle(),
+            open in proptest::collection::vec(0u32..5, 1..5),
+            ids in proptest::collection::vec(0u32..5, 1..4),
+            from_open: bool,
+            slice in (0u32..2, 0u32..3, 0u32..2),
+            // Layouts that the window does not know.
+            moved in prop_oneof![4 => Just(0u64), 1 => 0u64..700],
+            stretched in prop_oneof![4 => Just(0u64), 1 => 0u64..90],
+        ) {
+            let shape = KvShape { blocks: 5, layers: 2, planes: 2, tokens: 3, heads: 2, head_bytes: 7 };
+            let layout = KvBlockLayout::dense(shape, KvOrder::new(order).unwrap()).unwrap().at(20);
+            let Some(blocks) = layout.block_layout() else { return Ok(()) };
+            let region = 1 << 13;
+            let ids: Vec<u32> = match from_open {
+                true => ids.iter().map(|id| open[*id as usize % open.len()]).collect(),
+                false => ids,
+            };
+            let mut other = layout.at(20 + moved);
+            other.blocks.stride += stretched;
+            prop_assume!(other.validate(region).is_ok());
+            let part = KvSlice::ALL
+                .layers(slice.0..2)
+                .tokens(slice.1..3)
+                .heads(slice.2..2);
+            let set = other.select(&part, ids.as_slice().into()).unwrap();
+            let runs = |blocks_of: &[u32]| -> Vec<Range<u64>> {
+                let runs = blocks_of.iter().flat_map(|id| {
+                    (0..blocks.layers).map(|layer| blocks.run_offset(*id, layer).unwrap())
+                });
+                runs.map(|at| at..at + blocks.run_bytes).collect()
+            };
+            let mut inside = true;
+            for (block, layer) in ids.iter().flat_map(|id| [(*id, 0), (*id, 1)]) {
+                if layer < slice.0 {
+                    continue;
+                }
+                for (plane, token, head) in (0..2).flat_map(|plane| {
+                    (slice.1..3).flat_map(move |token| {
+                        (slice.2..2).map(move |head| (plane, token, head))
+                    })
+                }) {
+                    let at = other.head_offset(block, layer, plane, token, head).unwrap();
+                    let open = runs(&open);
+                    inside &= (at..at + 7).all(|byte| open.iter().any(|run| run.contains(&byte)));
+                }
+            }
+            let ranges = Scope::new(WindowScope::Ranges(runs(&open)), region).unwrap();
+            prop_assert_eq!(ranges.covers_parts(&set).is_ok(), inside);
+            let scope = WindowScope::Blocks { layout: blocks, ids: open };
+            let covered = Scope::new(scope, region).unwrap().covers_parts(&set).is_ok();
+            if covered {
+                prop_assert!(inside);
+            }
+            if moved == 0 && stretched == 0 {
+                prop_assert_eq!(covered, inside);
+            }
         }
     }
 
