@@ -12,6 +12,7 @@
 //! Only the launcher depends on this crate: it mounts [`BenchArgs`] and calls [`run`].
 
 pub mod engine;
+mod gpu;
 pub mod report;
 pub mod selftest;
 pub mod serve;

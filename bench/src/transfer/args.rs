@@ -526,6 +526,7 @@ impl Effective {
                     shape: model.shape(self.pool_blocks(model)),
                     count: model.blocks(),
                     listed: false,
+                    turn: None,
                 });
                 continue;
             }
@@ -537,6 +538,7 @@ impl Effective {
                         shape,
                         count,
                         listed: false,
+                        turn: None,
                     });
                 }
             }

@@ -88,6 +88,8 @@ pub(super) struct Lot {
     pub(super) thread: usize,
     pub(super) local: Side,
     pub(super) remote: Side,
+    /// As in [`Case::turn`].
+    pub(super) turn: Option<Turn>,
 }
 
 /// One part of `of` equal parts of a side's memory, so that transfers that run at the same time
@@ -98,6 +100,16 @@ pub(super) struct Slice {
     pub(super) of: usize,
 }
 
+/// The parts of a run, which the other side has in another order: `outer` x `inner` of them here,
+/// `inner` x `outer` there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Turn {
+    pub(super) outer: u32,
+    pub(super) inner: u32,
+    /// Contiguous bytes of each.
+    pub(super) bytes: u64,
+}
+
 /// Blocks of a size, a number and a pattern.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Case {
@@ -106,6 +118,9 @@ pub(super) struct Case {
     pub(super) count: u32,
     /// Give consecutive ids one by one all the same.
     pub(super) listed: bool,
+    /// The initiator has the heads of a token together, the target the tokens of a head: how many
+    /// tokens, how many heads.
+    pub(super) turn: Option<Turn>,
 }
 
 impl Shape {
@@ -161,6 +176,29 @@ impl Side {
     }
 }
 
+impl Turn {
+    /// The same as the other side sees it.
+    pub(super) const fn back(self) -> Self {
+        Self {
+            outer: self.inner,
+            inner: self.outer,
+            bytes: self.bytes,
+        }
+    }
+
+    /// Puts the parts of a run into the order of the other side.
+    pub(super) fn apply(self, run: &[u8], turned: &mut [u8]) {
+        let part = usize::try_from(self.bytes).unwrap_or(usize::MAX);
+        let (outer, inner) = (self.outer as usize, self.inner as usize);
+        for o in 0..outer {
+            for i in 0..inner {
+                let (from, to) = ((o * inner + i) * part, (i * outer + o) * part);
+                turned[to..to + part].copy_from_slice(&run[from..from + part]);
+            }
+        }
+    }
+}
+
 impl Case {
     /// Blocks for one transfer, in its parts of both memories.
     pub(super) fn lot(
@@ -177,6 +215,7 @@ impl Case {
             thread,
             local: self.side(local, seed)?,
             remote: self.side(remote, seed ^ 1)?,
+            turn: self.turn,
         })
     }
 
@@ -351,6 +390,7 @@ mod tests {
         },
         count: 60,
         listed: false,
+        turn: None,
     };
 
     #[test]
@@ -390,6 +430,20 @@ mod tests {
         let fifth = Slice { index: 0, of: 5 };
         let whole = Slice { index: 0, of: 1 };
         assert!(CASE.lot(0, 0, fifth, whole, 5).is_err());
+    }
+
+    #[test]
+    fn a_turned_run_has_its_parts_the_other_way_round() {
+        let turn = Turn {
+            outer: 2,
+            inner: 3,
+            bytes: 2,
+        };
+        let (mut turned, mut back) = ([0; 12], [0; 12]);
+        turn.apply(b"a0a1a2b0b1b2", &mut turned);
+        assert_eq!(&turned, b"a0b0a1b1a2b2");
+        turn.back().apply(&turned, &mut back);
+        assert_eq!(&back, b"a0a1a2b0b1b2");
     }
 
     #[test]

@@ -1,15 +1,20 @@
 //! All participants of a benchmark, led from here.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, ensure};
 
 use super::{
     args::{Effective, Prepared},
-    case::{Case, LaneName, Lot, Memory, OpName, Slice},
+    beside::{Beside, Shared},
+    case::{Case, LaneName, Lot, Memory, OpName, Slice, Turn},
     job::{Job, Ran, Rounds},
     limits::gb_per_s,
     link::{Address, Command, Link, Reply, Settings, unexpected},
+    memory::Allocated,
     node::process_cpu,
     ping::Pings,
     scheme::Topology,
@@ -142,6 +147,36 @@ impl Way {
             rounds: effective.rounds(),
         }
     }
+}
+
+impl Way {
+    fn job(self, op: OpName, lots: Vec<Lot>) -> Job {
+        Job {
+            op,
+            lots,
+            threads: self.threads,
+            prepared: self.prepared,
+            per_layer: self.per_layer,
+            post_cpu: self.post_cpu,
+            notify: self.notify,
+            sms: self.sms,
+            pace: self.pace,
+            makes: 0,
+            warmup: self.warmup,
+            rounds: self.rounds,
+        }
+    }
+}
+
+/// A matrix product that runs beside transfers.
+#[derive(Clone, Debug)]
+pub(super) struct ProductOf {
+    pub(super) device: u32,
+    pub(super) size: u32,
+    /// How long it runs alone.
+    pub(super) alone_millis: u64,
+    /// Folder of cuBLASLt, instead of the usual places.
+    pub(super) library: Option<PathBuf>,
 }
 
 impl Cluster {
@@ -296,6 +331,57 @@ impl Cluster {
         Ok(self.summarise(case, &lots, way, ran, &taken))
     }
 
+    /// Runs transfers of the first initiator and a matrix product in its process, each alone and then
+    /// both.
+    pub(super) fn beside(
+        &mut self,
+        op: OpName,
+        case: &Case,
+        way: Way,
+        product: &ProductOf,
+    ) -> anyhow::Result<Shared> {
+        let mut lots = self.lots(case, way)?;
+        if way.check == Check::Never {
+            self.fill(op, &lots)?;
+        } else {
+            self.check(op, &lots, way)?;
+        }
+        let first = self.initiators.first().context("there is an initiator")?;
+        first.send(Command::Beside(Beside {
+            job: way.job(op, lots.swap_remove(0)),
+            device: product.device,
+            size: product.size,
+            alone_millis: product.alone_millis,
+            library: product.library.clone(),
+        }))?;
+        let alone = Duration::from_millis(product.alone_millis);
+        match first.answer_after(alone + way.rounds.bound(way.warmup) * 2)? {
+            Reply::Shared(shared) => Ok(shared),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Lets the first initiator allocate memory some times.
+    pub(super) fn allocate(
+        &self,
+        memory: &Memory,
+        bytes: usize,
+        times: u32,
+        settings: &Settings,
+    ) -> anyhow::Result<Allocated> {
+        let first = self.initiators.first().context("there is an initiator")?;
+        first.send(Command::Allocate {
+            memory: memory.clone(),
+            bytes,
+            times,
+            settings: settings.clone(),
+        })?;
+        match first.answer_after(Duration::from_secs(10) * times)? {
+            Reply::Allocated(allocated) => Ok(allocated),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     fn run(
         &mut self,
         op: OpName,
@@ -307,25 +393,14 @@ impl Cluster {
     ) -> anyhow::Result<Vec<Ran>> {
         for (link, lots) in self.initiators.iter_mut().zip(lots) {
             link.send(Command::Run(Job {
-                op,
-                lots: lots.clone(),
-                threads: way.threads,
-                prepared: way.prepared,
-                per_layer: way.per_layer,
-                post_cpu: way.post_cpu,
-                notify: way.notify,
-                sms: way.sms,
-                pace: way.pace,
                 makes,
                 warmup,
                 rounds,
+                ..way.job(op, lots.clone())
             }))?;
         }
         // Every single transfer has a bound of its own; this is one for all of them.
-        let longer = match rounds {
-            Rounds::Exactly(rounds) => Duration::from_secs(1) * (rounds + warmup),
-            Rounds::Within(micros) => Duration::from_micros(micros) * 8,
-        };
+        let longer = rounds.bound(warmup);
         self.initiators
             .iter_mut()
             .map(|link| match link.answer_after(longer)? {
@@ -377,7 +452,12 @@ impl Cluster {
                 OpName::Read => (initiator, lot.local.clone()),
             };
             let seed = seed.wrapping_add(i);
-            match destination.ask(Command::Verify { side, seed })? {
+            // What the target turns back when it sends comes as the initiator has it.
+            let turn = match op {
+                OpName::Write => lot.turn,
+                OpName::Read => lot.turn.map(Turn::back),
+            };
+            match destination.ask(Command::Verify { side, seed, turn })? {
                 Reply::Mismatches { runs } => wrong += runs,
                 other => return Err(unexpected(&other)),
             }

@@ -57,6 +57,16 @@ pub(super) enum Rounds {
     Within(u64),
 }
 
+impl Rounds {
+    /// Longer than they take, with some to warm up; every single transfer has a bound of its own.
+    pub(super) fn bound(self, warmup: u32) -> Duration {
+        match self {
+            Self::Exactly(rounds) => Duration::from_secs(1) * (rounds + warmup),
+            Self::Within(micros) => Duration::from_micros(micros) * 8,
+        }
+    }
+}
+
 /// What came of a job.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Ran {

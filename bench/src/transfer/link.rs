@@ -16,8 +16,10 @@ use blockplane_transfer::{Metadata, RegionId};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    case::{LaneName, Memory, Side},
+    beside::{Beside, Shared},
+    case::{LaneName, Memory, Side, Turn},
     job::{Job, Ran},
+    memory::Allocated,
     node::Node,
     ping::Pings,
 };
@@ -46,9 +48,22 @@ pub(super) enum Command {
     /// Clear blocks.
     Clear { side: Side },
     /// Compare blocks with a pattern.
-    Verify { side: Side, seed: u64 },
+    Verify {
+        side: Side,
+        seed: u64,
+        turn: Option<Turn>,
+    },
     /// Post transfers and measure them.
     Run(Job),
+    /// Run transfers and a matrix product side by side.
+    Beside(Beside),
+    /// Allocate memory of a kind a few times, without an agent that lasts, to see how long it takes.
+    Allocate {
+        memory: Memory,
+        bytes: usize,
+        times: u32,
+        settings: Settings,
+    },
     /// Measure round trips of notifications; the other side is told to echo.
     Ping(Pings),
     /// Answer every notification with one.
@@ -122,6 +137,8 @@ pub(super) enum Reply {
         runs: usize,
     },
     Ran(Ran),
+    Shared(Shared),
+    Allocated(Allocated),
     RoundTrips {
         micros: Vec<f64>,
     },

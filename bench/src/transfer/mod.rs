@@ -7,6 +7,7 @@
 //! (tcp). Contents are checked before and after every case.
 
 mod args;
+mod beside;
 mod case;
 mod cluster;
 mod file;
@@ -232,6 +233,7 @@ impl<W: Write> Run<'_, W> {
             shape: Shape::plain(16, 1 << 20),
             count: 1,
             listed: false,
+            turn: None,
         };
         let way = Way {
             sms: way.sms,
@@ -255,6 +257,7 @@ impl<W: Write> Run<'_, W> {
             shape,
             count: 1,
             listed: false,
+            turn: None,
         };
         let one = self.cluster.lots(&case, way)?.swap_remove(0).swap_remove(0);
         let mut table = Table::new(&["one way", "us p50", "p90", "p99", "p99.9", "max"]);
@@ -320,6 +323,7 @@ impl<W: Write> Run<'_, W> {
                 shape: Shape::plain(block_bytes, effective.bytes() as u64),
                 count: BLOCKS,
                 listed,
+                turn: None,
             };
             let way = Way {
                 threads: 1,

@@ -11,22 +11,28 @@ use std::{
 
 use anyhow::{Context, ensure};
 use blockplane_transfer::{
-    Agent, AgentConfig, LocalBlocks, Notifications, Op, Peer, Prepared, RecvError, RegionId,
-    Registration, RemoteBlocks,
+    Agent, AgentConfig, KvBlockLayout, KvOrder, KvShape, KvSlice, LocalBlocks, LocalTensor,
+    Notifications, Op, Peer, Prepared, RecvError, RegionId, Registration, RemoteBlocks,
+    RemoteTensor,
 };
 
 use super::{
-    case::{LaneName, Lot},
+    beside,
+    case::{LaneName, Lot, Side, Turn},
     job,
     link::{Address, Command, PATIENCE, Reply, Settings},
     memory, ping,
 };
+
+use crate::gpu::matmul::Product;
 
 /// A participant; it has nothing before it is told to start.
 #[derive(Debug, Default)]
 pub(super) struct Node {
     active: Option<Active>,
     partner: Option<Box<Self>>,
+    /// The matrix product that ran last, and where.
+    product: Option<(u32, Product)>,
 }
 
 /// One that was started.
@@ -90,6 +96,22 @@ impl Node {
             Command::Partner { order } => {
                 return Ok(self.partner.get_or_insert_default().handle(*order));
             }
+            Command::Beside(beside) => {
+                let active = self.active.as_ref().context("no agent was started")?;
+                let shared = beside::run(active, &mut self.product, &beside)?;
+                return Ok(Reply::Shared(shared));
+            }
+            Command::Allocate {
+                memory,
+                bytes,
+                times,
+                settings,
+            } => {
+                let agent = Agent::new(config("bench-allocate", &settings))?;
+                let sharing = settings.device.sharing;
+                let found = memory::allocate(&agent, &memory, bytes, times, sharing)?;
+                return Ok(Reply::Allocated(found));
+            }
             Command::Cpu => {
                 let nanos = u64::try_from(process_cpu().as_nanos())?;
                 return Ok(Reply::Cpu { nanos });
@@ -126,8 +148,8 @@ impl Active {
             }
             Command::Fill { side, seed } => memory::fill(&self.memory, &side, seed)?,
             Command::Clear { side } => memory::clear(&self.memory, &side)?,
-            Command::Verify { side, seed } => {
-                let runs = memory::mismatches(&self.memory, &side, seed)?;
+            Command::Verify { side, seed, turn } => {
+                let runs = memory::mismatches(&self.memory, &side, seed, turn)?;
                 return Ok(Reply::Mismatches { runs });
             }
             Command::Run(job) => return Ok(Reply::Ran(job::run(self, &job)?)),
@@ -142,7 +164,12 @@ impl Active {
                 let nanos = drain.end(&self.notifications)?;
                 return Ok(Reply::Notifications { nanos });
             }
-            Command::Start { .. } | Command::Stop | Command::Cpu | Command::Partner { .. } => {
+            Command::Start { .. }
+            | Command::Stop
+            | Command::Cpu
+            | Command::Beside(_)
+            | Command::Allocate { .. }
+            | Command::Partner { .. } => {
                 anyhow::bail!("not a command for an agent")
             }
         }
@@ -181,6 +208,9 @@ impl Active {
             .peers
             .get(lot.peer)
             .with_context(|| format!("not connected to peer {}", lot.peer))?;
+        if let Some(turn) = lot.turn {
+            return self.prepare_turned(op, lot, remote, turn);
+        }
         Ok(self.agent.prepare(
             op,
             LocalBlocks {
@@ -195,6 +225,49 @@ impl Active {
                 layout: lot.remote.shape.layout(),
                 ids: lot.remote.block_ids(),
                 layers,
+                window: None,
+            },
+        )?)
+    }
+}
+
+impl Active {
+    /// Prepares a lot whose heads lie in another order on the other side.
+    fn prepare_turned(
+        &self,
+        op: Op,
+        lot: &Lot,
+        remote: &Remote,
+        turn: Turn,
+    ) -> anyhow::Result<Prepared> {
+        // Keys and values are layers of the lot's shape.
+        let layout = |side: &Side, order| {
+            KvBlockLayout::dense(
+                KvShape {
+                    blocks: side.shape.blocks,
+                    layers: side.shape.layers,
+                    planes: 1,
+                    tokens: turn.outer,
+                    heads: turn.inner,
+                    head_bytes: turn.bytes,
+                },
+                order,
+            )
+        };
+        Ok(self.agent.prepare_tensors(
+            op,
+            LocalTensor {
+                registration: &self.memory,
+                layout: layout(&lot.local, KvOrder::LAYER_FIRST_NHD)?,
+                ids: lot.local.block_ids(),
+                slice: KvSlice::ALL,
+            },
+            RemoteTensor {
+                peer: &remote.peer,
+                region: remote.region,
+                layout: layout(&lot.remote, KvOrder::LAYER_FIRST_HND)?,
+                ids: lot.remote.block_ids(),
+                slice: KvSlice::ALL,
                 window: None,
             },
         )?)

@@ -24,6 +24,8 @@ pub(super) struct Topology {
     pub(super) scheme: Scheme,
     pub(super) initiators: usize,
     pub(super) targets: usize,
+    /// The i-th initiator leaves out the i-th target, which lives at the same place.
+    pub(super) skip_own: bool,
 }
 
 impl Scheme {
@@ -79,14 +81,33 @@ impl Topology {
             scheme,
             initiators,
             targets,
+            skip_own: false,
         })
+    }
+
+    /// `places` initiators and targets, each initiator posting to the targets of all other places.
+    pub(super) const fn between(places: usize) -> Self {
+        Self {
+            scheme: Scheme::AllToAll,
+            initiators: places,
+            targets: places,
+            skip_own: true,
+        }
+    }
+
+    fn others(&self, all: usize, own: usize) -> Vec<usize> {
+        (0..all)
+            .filter(|&other| !self.skip_own || other != own)
+            .collect()
     }
 
     /// Targets of one initiator.
     pub(super) fn targets_of(&self, initiator: usize) -> Vec<usize> {
         match self.scheme {
             Scheme::Pairwise => vec![initiator],
-            Scheme::ManyToOne | Scheme::OneToMany | Scheme::AllToAll => (0..self.targets).collect(),
+            Scheme::ManyToOne | Scheme::OneToMany | Scheme::AllToAll => {
+                self.others(self.targets, initiator)
+            }
         }
     }
 
@@ -95,7 +116,7 @@ impl Topology {
         match self.scheme {
             Scheme::Pairwise => vec![target],
             Scheme::ManyToOne | Scheme::OneToMany | Scheme::AllToAll => {
-                (0..self.initiators).collect()
+                self.others(self.initiators, target)
             }
         }
     }
@@ -132,6 +153,14 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn everybody_else_leaves_out_the_own_place() {
+        let topology = Topology::between(4);
+        assert_eq!(topology.pairs(), 12);
+        assert_eq!(topology.targets_of(1), [0, 2, 3]);
+        assert_eq!(topology.initiators_of(3), [0, 1, 2]);
     }
 
     #[test]

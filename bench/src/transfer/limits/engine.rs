@@ -67,5 +67,6 @@ pub(in crate::transfer) fn whole(bytes: u64, arena_bytes: usize) -> anyhow::Resu
         shape: Shape::plain(block, arena_bytes as u64),
         count: 1,
         listed: false,
+        turn: None,
     })
 }

@@ -139,7 +139,8 @@ mod tests {
         let (some, between) = (side(&[200, 3, 5, 90]), side(&[4, 100]));
         fill(&memory, &between, 2).unwrap();
         fill(&memory, &some, 1).unwrap();
-        let wrong = |side: &Side, seed| super::super::mismatches(&memory, side, seed).unwrap();
+        let wrong =
+            |side: &Side, seed| super::super::mismatches(&memory, side, seed, None).unwrap();
         assert_eq!((wrong(&some, 1), wrong(&between, 2)), (0, 0));
         assert_eq!(count(&memory, &some, |_, found| found[0] == 0).unwrap(), 0);
         clear(&memory, &side(&[3, 90])).unwrap();

@@ -11,15 +11,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use blockplane_transfer::{
     Agent, ArenaConfig, DeviceArenaConfig, DeviceSharing, HostMemory, PinConfig, Registration,
     RemoteAccess,
 };
 use rustix::mm::{Advice, madvise};
+use serde::{Deserialize, Serialize};
 
 use super::{
-    case::{Memory, Side},
+    case::{Memory, Side, Turn},
     link::Sharing,
 };
 
@@ -83,6 +84,53 @@ pub(super) fn wait_pinned(
     }
 }
 
+/// How long memory takes to be had.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Allocated {
+    /// Milliseconds of each allocation with its registration.
+    pub(super) millis: Vec<f64>,
+    /// Milliseconds from the start of each until its first and its last byte were pinned.
+    pub(super) first_pinned: Vec<f64>,
+    pub(super) all_pinned: Vec<f64>,
+}
+
+/// Allocates memory some times and lets go of it again.
+pub(super) fn allocate(
+    agent: &Agent,
+    kind: &Memory,
+    bytes: usize,
+    times: u32,
+    sharing: Sharing,
+) -> anyhow::Result<Allocated> {
+    let mut found = Allocated::default();
+    for _ in 0..times {
+        let start = Instant::now();
+        let millis = || start.elapsed().as_secs_f64() * 1e3;
+        let memory = match kind {
+            Memory::Pinned(device) => {
+                let config = ArenaConfig::new(bytes, "bench").pinned(PinConfig::near(*device));
+                agent.allocate(config)?
+            }
+            other => register(agent, other, bytes, sharing)?,
+        };
+        found.millis.push(millis());
+        if memory.pinned().is_some() {
+            let mut first = None;
+            wait_pinned(&memory, |pinned| {
+                if pinned > 0 {
+                    first.get_or_insert_with(millis);
+                }
+            })?;
+            found.all_pinned.push(millis());
+            found.first_pinned.extend(first);
+        }
+        memory
+            .close(Duration::from_secs(5))
+            .map_err(|busy| anyhow!("region {} is still in use", busy.region))?;
+    }
+    Ok(found)
+}
+
 /// Memory of this process with all its pages in place, huge ones where the kernel has them.
 pub(super) fn host(bytes: usize) -> anyhow::Result<HostMemory> {
     const HUGE: usize = 2 << 20;
@@ -134,25 +182,37 @@ pub(super) fn clear(memory: &Registration, side: &Side) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Number of runs that do not hold what [`fill`] puts there.
-pub(super) fn mismatches(memory: &Registration, side: &Side, seed: u64) -> anyhow::Result<usize> {
+/// Number of runs that do not hold what [`fill`] puts there, turned if it was on the way.
+pub(super) fn mismatches(
+    memory: &Registration,
+    side: &Side,
+    seed: u64,
+    turn: Option<Turn>,
+) -> anyhow::Result<usize> {
     let bytes = run_bytes(side);
-    let mut expected = vec![0; bytes];
+    let (mut plain, mut turned) = (vec![0; bytes], vec![0; bytes]);
+    let mut differs = |i: usize, found: &[u8]| {
+        pattern(&mut plain, seed, i);
+        match turn {
+            None => plain != found,
+            Some(turn) => {
+                turn.apply(&plain, &mut turned);
+                turned != found
+            }
+        }
+    };
     if memory.device().is_some() {
-        return device::count(memory, side, |i, found| {
-            pattern(&mut expected, seed, i);
-            expected != found
-        });
+        return device::count(memory, side, differs);
     }
     let mut found = vec![0; bytes];
-    let differs = |(i, at): (usize, u64)| {
-        pattern(&mut expected, seed, i);
+    let mut wrong = 0;
+    for (i, at) in side.runs().enumerate() {
         let from = run_ptr(memory, at, bytes);
         // SAFETY: `from` points at `bytes` bytes of the region, and `found` is elsewhere.
         unsafe { std::ptr::copy_nonoverlapping(from, found.as_mut_ptr(), bytes) };
-        expected != found
-    };
-    Ok(side.runs().enumerate().map(differs).filter(|&d| d).count())
+        wrong += usize::from(differs(i, &found));
+    }
+    Ok(wrong)
 }
 
 /// Addresses and lengths of a prepared copy: what a transfer through mapped memory cannot beat.
@@ -278,7 +338,7 @@ mod tests {
             // SAFETY: both regions live, and no transfer runs.
             unsafe { half.run() };
         }
-        let wrong = |side: &Side, seed| mismatches(&to, side, seed).unwrap();
+        let wrong = |side: &Side, seed| mismatches(&to, side, seed, None).unwrap();
         assert_eq!(wrong(&to_side, 1), 0);
         assert_eq!(wrong(&to_side, 2), 5);
         assert_eq!(wrong(&side(&[7, 200, 8, 1, 2]), 1), 2);

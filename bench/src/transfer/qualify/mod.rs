@@ -5,6 +5,7 @@
 //! or fails costs one row, and the next row begins with fresh processes. Every row has a time limit,
 //! and the whole has one.
 
+mod more;
 mod rows;
 mod sheet;
 mod stage;
@@ -15,7 +16,7 @@ use anyhow::{Context, ensure};
 use blockplane_transfer::{CudaReport, probe_cuda};
 
 use self::{
-    rows::Session,
+    rows::{Product, Session},
     sheet::Sheet,
     stage::{Ground, Stage},
 };
@@ -35,15 +36,27 @@ pub enum Group {
     Latency,
     /// Scattered blocks inside one GPU.
     Same,
+    /// Copies that change the order of heads and tokens on the way.
+    Rearrange,
+    /// Transfers beside a matrix product.
+    Beside,
+    /// Allocating and registering device memory, pinning host memory.
+    Setup,
+    /// All GPUs to all others (three or more).
+    All,
 }
 
 impl Group {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 9] = [
         Self::Bandwidth,
         Self::Tokens,
         Self::Host,
         Self::Latency,
         Self::Same,
+        Self::Rearrange,
+        Self::Beside,
+        Self::Setup,
+        Self::All,
     ];
 }
 
@@ -75,6 +88,12 @@ pub struct GpuArgs {
     /// Folder for compiled kernels [default: one that goes away with the benchmark].
     #[arg(long, value_name = "FOLDER")]
     pub kernel_cache: Option<PathBuf>,
+    /// Rows and columns of the matrices of the product that runs beside transfers.
+    #[arg(long, default_value_t = 8192, value_name = "N")]
+    pub product_size: u32,
+    /// Folder of cuBLASLt [default: the loader's path, toolkits and Python packages].
+    #[arg(long, value_name = "FOLDER")]
+    pub cublas: Option<PathBuf>,
     /// One JSON object a line instead of tables.
     #[arg(long)]
     pub json: bool,
@@ -139,7 +158,11 @@ pub fn qualify(args: &GpuArgs) -> anyhow::Result<()> {
     let sheet = Sheet::new(report, file, Duration::from_secs(total), row)?;
     let stage = Stage::new(settings, args.seed);
     let quick = args.quick || args.rehearse;
-    let mut session = Session::new(ground, quick, sheet, stage);
+    let product = Product {
+        size: args.product_size,
+        library: args.cublas.clone(),
+    };
+    let mut session = Session::new(ground, quick, product, sheet, stage);
     let groups: &[Group] = match &args.rows[..] {
         [] => &Group::ALL,
         some => some,

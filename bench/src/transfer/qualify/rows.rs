@@ -1,5 +1,7 @@
 //! The rows.
 
+use std::path::PathBuf;
+
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -20,6 +22,7 @@ const BOTH: [OpName; 2] = [OpName::Write, OpName::Read];
 pub(super) struct Session {
     pub(super) ground: Ground,
     pub(super) quick: bool,
+    pub(super) product: Product,
     pub(super) sheet: Sheet,
     pub(super) stage: Stage,
     /// GB/s of copy engines, by places, direction and bytes.
@@ -28,20 +31,33 @@ pub(super) struct Session {
     plans: Vec<String>,
 }
 
+/// The matrix product that runs beside transfers.
+pub(super) struct Product {
+    pub(super) size: u32,
+    pub(super) library: Option<PathBuf>,
+}
+
 /// A row of transfers between two agents.
-struct Transfers {
-    name: String,
-    pair: Pair,
-    op: OpName,
-    case: Case,
-    way: Way,
+pub(super) struct Transfers {
+    pub(super) name: String,
+    pub(super) pair: Pair,
+    pub(super) op: OpName,
+    pub(super) case: Case,
+    pub(super) way: Way,
 }
 
 impl Session {
-    pub(super) const fn new(ground: Ground, quick: bool, sheet: Sheet, stage: Stage) -> Self {
+    pub(super) const fn new(
+        ground: Ground,
+        quick: bool,
+        product: Product,
+        sheet: Sheet,
+        stage: Stage,
+    ) -> Self {
         Self {
             ground,
             quick,
+            product,
             sheet,
             stage,
             engines: Vec::new(),
@@ -75,6 +91,22 @@ impl Session {
             Group::Same => {
                 self.same()?;
                 "scattered blocks inside one GPU, one process (bytes moved, not read plus written)"
+            }
+            Group::Rearrange => {
+                self.rearrange()?;
+                "heads and tokens exchanged on the way (32 KiB pieces of 16 tokens x 8 heads), two processes"
+            }
+            Group::Beside => {
+                self.beside()?;
+                "transfers beside a matrix product on the GPU that does the work, two processes"
+            }
+            Group::Setup => {
+                self.setup()?;
+                "memory: allocated, registered, pinned"
+            }
+            Group::All => {
+                self.all()?;
+                "every GPU to every other at the same time, a process each"
             }
         };
         self.sheet.print(title)?;
@@ -170,6 +202,7 @@ impl Session {
                     shape,
                     count: blocks,
                     listed: true,
+                    turn: None,
                 },
                 way: Way {
                     notify: true,
@@ -261,6 +294,7 @@ impl Session {
                             shape: Shape::plain(block_bytes, 8 << 20),
                             count: 1,
                             listed: false,
+                            turn: None,
                         },
                         way: self.way(Rounds::Exactly(if self.quick { 500 } else { 3_000 })),
                     };
@@ -322,6 +356,7 @@ impl Session {
                 shape: Shape::plain(block_bytes, pair.bytes as u64),
                 count: u32::try_from(bytes / u64::from(block_bytes))?,
                 listed: true,
+                turn: None,
             },
             way: Way {
                 sms,
@@ -381,7 +416,7 @@ impl Session {
     }
 
     /// Runs one row of transfers; a failure goes to the sheet and ends the processes.
-    fn transfers(
+    pub(super) fn transfers(
         &mut self,
         row: Transfers,
         figures: impl FnOnce(&Work, &Measured) -> Vec<Figure>,
@@ -415,7 +450,7 @@ impl Session {
         Ok(())
     }
 
-    fn large(&self) -> u64 {
+    pub(super) fn large(&self) -> u64 {
         if self.quick {
             self.ground.large.min(256 << 20)
         } else {
@@ -423,16 +458,16 @@ impl Session {
         }
     }
 
-    const fn rounds(&self) -> Rounds {
+    pub(super) const fn rounds(&self) -> Rounds {
         Rounds::Within(if self.quick { 40_000 } else { 120_000 })
     }
 
-    const fn way(&self, rounds: Rounds) -> Way {
+    pub(super) const fn way(&self, rounds: Rounds) -> Way {
         Way::alone(Check::Once, rounds)
     }
 
     /// Budgets that the devices have; without devices there is none to give.
-    fn budgets(&self, wanted: &[u32]) -> Vec<Option<u32>> {
+    pub(super) fn budgets(&self, wanted: &[u32]) -> Vec<Option<u32>> {
         match self.ground.sms {
             None => vec![None],
             Some(most) => wanted
@@ -444,7 +479,7 @@ impl Session {
     }
 }
 
-fn bandwidth(work: &Work, measured: &Measured) -> Figure {
+pub(super) fn bandwidth(work: &Work, measured: &Measured) -> Figure {
     let mut figure = work.figure(
         "bandwidth_gb_per_s",
         "GB/s",
@@ -458,7 +493,7 @@ fn bandwidth(work: &Work, measured: &Measured) -> Figure {
     figure
 }
 
-fn describe(pair: &Pair, op: OpName, case: &Case, way: Way) -> Map<String, Value> {
+pub(super) fn describe(pair: &Pair, op: OpName, case: &Case, way: Way) -> Map<String, Value> {
     let lane = if pair.engine { "copy-engine" } else { "cuda" };
     crate::report::case([
         ("lane", json!(lane)),
@@ -480,7 +515,7 @@ fn describe(pair: &Pair, op: OpName, case: &Case, way: Way) -> Map<String, Value
 }
 
 /// Where the bytes go.
-fn arrow(pair: &Pair, op: OpName) -> String {
+pub(super) fn arrow(pair: &Pair, op: OpName) -> String {
     let (from, to) = (pair.from.name(), pair.to.name());
     match op {
         OpName::Write => format!("write {from} -> {to}"),
@@ -495,11 +530,11 @@ fn in_processes(hosts: Hosts) -> &'static str {
     }
 }
 
-fn with(sms: Option<u32>) -> String {
+pub(super) fn with(sms: Option<u32>) -> String {
     sms.map_or_else(String::new, |sms| format!(", {sms} SMs"))
 }
 
-fn human(bytes: u32) -> String {
+pub(super) fn human(bytes: u32) -> String {
     match bytes {
         bytes if bytes.is_multiple_of(1 << 20) => format!("{} MiB", bytes >> 20),
         bytes if bytes.is_multiple_of(1 << 10) => format!("{} KiB", bytes >> 10),

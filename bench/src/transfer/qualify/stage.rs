@@ -155,6 +155,17 @@ impl Stage {
         Ok(cluster)
     }
 
+    /// A process in which nothing was done yet, one agent's or more.
+    pub(super) fn fresh(&self, topology: Topology, until: Instant) -> anyhow::Result<Cluster> {
+        let mut cluster = Cluster::start(topology, Hosts::Apart, self.seed)?;
+        cluster.set_deadline(Some(until));
+        Ok(cluster)
+    }
+
+    pub(super) const fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
     /// Ends all processes: after a failure, or when their memory is not needed any more.
     pub(super) fn clear(&mut self) {
         self.running.clear();

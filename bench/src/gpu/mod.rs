@@ -1,0 +1,3 @@
+//! Work for a GPU that is not a transfer.
+
+pub(crate) mod matmul;
