@@ -86,7 +86,9 @@ conformance! {
     windows_cover_parts_of_blocks,
     tensors_that_do_not_fit_are_named,
     an_agent_rearranges_its_own_memory,
-    ordinary_memory_is_rearranged;
+    ordinary_memory_is_rearranged,
+    equal_layouts_are_planned_as_blocks,
+    a_rearranging_copy_is_called_off;
     peers:
     a_remembered_peer_is_connected_when_it_is_used,
     estimates_come_from_the_connection;

@@ -1,16 +1,19 @@
 //! Copies that rearrange KV blocks, on every lane.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use blockplane_transfer::{
-    Agent, AgentConfig, BlockIds, BlockLayout, KvAxis, KvBlockLayout, KvOrder, KvShape, KvSlice,
-    Lane, LayoutError, LocalBlocks, LocalTensor, Op, Peer, PostOptions, PrepareError, Prepared,
-    Registration, RemoteAccess, RemoteBlocks, RemoteTensor, Side, WindowAccess, WindowId,
-    WindowScope,
+    Agent, AgentConfig, BlockIds, BlockLayout, CancelOutcome, KvAxis, KvBlockLayout, KvOrder,
+    KvShape, KvSlice, Lane, LayoutError, LocalBlocks, LocalTensor, Op, Peer, PostOptions,
+    PrepareError, Prepared, Registration, RemoteAccess, RemoteBlocks, RemoteTensor, Side,
+    WindowAccess, WindowId, WindowScope,
 };
 
 use crate::process::Other;
-use crate::support::{Pair, Setup, WAIT, arena, arena_with, bytes, fill, scattered};
+use crate::support::{
+    Blocks, Pair, Setup, WAIT, arena, arena_with, bytes, fill, fill_byte, scattered,
+};
 
 const SHAPE: KvShape = KvShape {
     blocks: 12,
@@ -536,6 +539,68 @@ pub(crate) fn ordinary_memory_is_rearranged(setup: &Setup) {
             "{reason}"
         );
     }
+}
+
+/// Layouts that are equal on both sides are moved as `prepare` moves their blocks.
+pub(crate) fn equal_layouts_are_planned_as_blocks(setup: &Setup) {
+    let pair = setup.pair();
+    for order in ORDERS {
+        let l = Part::whole(SHAPE, order, scattered(12, 8, 1));
+        let r = Part::whole(SHAPE, order, scattered(12, 8, 2));
+        let (local, remote) = (arena(&pair.a, l.end()), arena(&pair.b, r.end()));
+        let tensors = pair.check_tensors(Op::Write, (&local, &l), (&remote, &r));
+        let layout = l.layout.block_layout().unwrap();
+        let side = |ids: u64| Blocks {
+            layout,
+            ids: scattered(12, 8, ids),
+            layers: 0..layout.layers,
+        };
+        let blocks = pair
+            .prepare(Op::Write, (&local, &side(1)), (&remote, &side(2)), None)
+            .unwrap();
+        assert_eq!(tensors.plan(), blocks.plan(), "{order:?}");
+    }
+}
+
+/// Bytes of a transfer that was called off stay where they are once it has ended.
+pub(crate) fn a_rearranging_copy_is_called_off(setup: &Setup) {
+    let pair = setup.pair();
+    let shape = KvShape {
+        blocks: 64,
+        layers: 12,
+        ..SHAPE
+    };
+    let l = Part::whole(shape, KvOrder::LAYER_FIRST_NHD, 0..64);
+    let r = Part::whole(shape, KvOrder::BLOCK_FIRST_HND, scattered(64, 64, 1));
+    let (local, remote) = (arena(&pair.a, l.end()), arena(&pair.b, r.end()));
+    fill(&local, 1);
+    let prepared = pair
+        .tensors(Op::Write, (&local, &l), (&remote, &r), None)
+        .unwrap();
+    let probe = Blocks::flat(1, 1, &[0]);
+    let tail = pair
+        .prepare(Op::Write, (&local, &probe), (&remote, &probe), None)
+        .unwrap();
+    for round in 0..20 {
+        fill(&remote, 2);
+        let transfer = prepared.post(PostOptions::within(WAIT)).unwrap();
+        // Some of it happens: a different amount each time.
+        std::thread::sleep(Duration::from_micros(round * 20));
+        if matches!(transfer.cancel(), CancelOutcome::Completed) {
+            fill(&remote, 2);
+            let mut expected = bytes(&remote);
+            run(&prepared);
+            oracle(&bytes(&local), &l, &mut expected, &r);
+            assert!(bytes(&remote) == expected);
+        }
+        fill_byte(&remote, 0x22);
+        // What is still in a socket comes before these.
+        for _ in 0..4 {
+            run(&tail);
+        }
+        assert!(bytes(&remote)[1..].iter().all(|byte| *byte == 0x22));
+    }
+    run(&prepared);
 }
 
 /// The other process has nothing to do: its bytes are looked at by reading them back as they are.
