@@ -1,7 +1,7 @@
 //! Copies that rearrange KV blocks, on every lane.
 
 use std::ops::Range;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockplane_transfer::{
     Agent, AgentConfig, BlockIds, BlockLayout, CancelOutcome, KvAxis, KvBlockLayout, KvOrder,
@@ -585,7 +585,10 @@ pub(crate) fn a_rearranging_copy_is_called_off(setup: &Setup) {
         fill(&remote, 2);
         let transfer = prepared.post(PostOptions::within(WAIT)).unwrap();
         // Some of it happens: a different amount each time.
-        std::thread::sleep(Duration::from_micros(round * 20));
+        let spin = Instant::now();
+        while spin.elapsed() < Duration::from_micros(round * 20) {
+            std::hint::spin_loop();
+        }
         if matches!(transfer.cancel(), CancelOutcome::Completed) {
             fill(&remote, 2);
             let mut expected = bytes(&remote);
