@@ -38,6 +38,9 @@ pub(crate) use watch::process_of;
 /// Decodes a frame as every kind that has a body; for fuzz targets.
 #[cfg(fuzzing)]
 pub(crate) fn fuzz_frames(data: &[u8]) {
+    use crate::plan::{Segments, TensorSet};
+
+    const REGION: u64 = 1 << 30;
     let Some((header, body)) = data.split_first_chunk() else {
         return;
     };
@@ -46,7 +49,13 @@ pub(crate) fn fuzz_frames(data: &[u8]) {
     }
     if let Some(stripe) = frame::StripeSpec::decode(body) {
         // What is accepted is checked against a region before it is used.
-        let _ = stripe.set.validate(1 << 30);
+        if stripe.set.validate(REGION).is_ok() {
+            let range = 0..stripe.set.bytes();
+            for (offset, bytes) in Segments::new(&stripe.set, stripe.order, range).take(64) {
+                assert!(bytes > 0 && offset + bytes <= REGION);
+            }
+            let _ = TensorSet::from(&stripe.set).stretches().count();
+        }
     }
     let _ = frame::RegionAnswer::decode(body);
     let _ = frame::decode_grant(body);
