@@ -10,7 +10,9 @@ use super::{
     large, leaks, many,
     notify::{self, Load},
     place::Place,
-    sanitizer, tensors,
+    sanitizer,
+    stage::{self, Far},
+    tensors,
     world::{Outcome, Processes, World},
 };
 
@@ -112,6 +114,10 @@ pub(super) fn all() -> Vec<Check> {
         events::after_work(world)
     }));
     checks.extend(large_ones());
+    checks.extend(staged("stage", Some(0)));
+    checks.push(Check::new("stage/event", 30, |world, _| {
+        stage::event(world)
+    }));
     checks.extend(faults());
     for (where_, processes, times) in [
         ("one-process", Processes::One, 200),
@@ -131,6 +137,19 @@ pub(super) fn all() -> Vec<Check> {
         }));
     }
     checks
+}
+
+/// Device memory, or host memory, to places that devices do not reach.
+fn staged(group: &str, device: Option<u32>) -> Vec<Check> {
+    let far = |what: &str, far| {
+        Check::new(format!("{group}/{what}"), 90, move |world, name| {
+            stage::check(world, name, far, device)
+        })
+    };
+    let object = Check::new(format!("{group}/object"), 40, move |world, name| {
+        stage::objects(world, name, device)
+    });
+    vec![far("file", Far::File), far("tcp", Far::Tcp), object]
 }
 
 /// Large transfers, and many.
@@ -230,6 +249,7 @@ fn controls() -> Vec<Check> {
     checks.push(Check::new("control/notify", 30, |world, name| {
         notify::check(world, name, PLACES, SMALL)
     }));
+    checks.extend(staged("control/stage", None));
     for check in &mut checks {
         check.control = true;
     }

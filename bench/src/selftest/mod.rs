@@ -20,6 +20,7 @@ mod place;
 mod random;
 mod raw;
 mod sanitizer;
+mod stage;
 mod tend;
 mod tensors;
 mod worker;
