@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -16,8 +16,10 @@ use super::slots::Slots;
 use crate::error::{PostError, Rejection, TransferError};
 use crate::op::{TransferState, Work};
 
-/// How often the thread looks whether an event that an operation waits for is past.
-const EVENT_NAP: Duration = Duration::from_micros(100);
+/// The thread looks whether an event that an operation waits for is past after an eighth of the time
+/// that it has waited already, within these bounds.
+const EVENT_NAP_MIN: Duration = Duration::from_micros(50);
+const EVENT_NAP_MAX: Duration = Duration::from_millis(1);
 
 /// Something to do for the thread.
 #[derive(Debug)]
@@ -83,6 +85,7 @@ impl Mail {
 /// A posted operation.
 struct Job {
     transfer: Arc<TransferState>,
+    entered: Instant,
     progress: Progress,
     halves: HashMap<u32, Arc<TransferState>>,
 }
@@ -130,7 +133,7 @@ impl Driver {
     fn run(mut self) {
         let mut events = VecDeque::new();
         loop {
-            let nap = (!self.early.is_empty()).then_some(EVENT_NAP);
+            let nap = self.event_nap();
             let idle = self.jobs.is_empty();
             if !self.mail.take(&mut events, nap, idle) {
                 return;
@@ -147,6 +150,13 @@ impl Driver {
         }
     }
 
+    /// How long until the events are to be looked at again; none when there are none.
+    fn event_nap(&self) -> Option<Duration> {
+        let jobs = self.early.iter().filter_map(|id| self.jobs.get(id));
+        let nap = jobs.map(|job| job.entered.elapsed() / 8).min()?;
+        Some(nap.clamp(EVENT_NAP_MIN, EVENT_NAP_MAX))
+    }
+
     fn enter(&mut self, transfer: Arc<TransferState>) {
         let Some(staged) = transfer.work.as_ref().and_then(|work| work.staged()) else {
             return;
@@ -160,6 +170,7 @@ impl Driver {
         }
         let job = Job {
             transfer,
+            entered: Instant::now(),
             progress,
             halves: HashMap::new(),
         };
