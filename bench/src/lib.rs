@@ -18,6 +18,8 @@ pub mod selftest;
 pub mod serve;
 pub mod transfer;
 
+use blockplane_transfer::KernelConfig;
+
 /// Options of `blockplane bench`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct BenchArgs {
@@ -42,16 +44,16 @@ pub enum BenchCommand {
     TransferPeer,
 }
 
-/// Runs a benchmark to its end.
+/// Runs a benchmark to its end. `kernels` says where kernels for GPUs are compiled and kept.
 ///
 /// # Errors
 /// When an option makes no sense, or the benchmark cannot be carried out.
-pub fn run(args: BenchArgs) -> anyhow::Result<()> {
+pub fn run(args: BenchArgs, kernels: &KernelConfig) -> anyhow::Result<()> {
     match args.command {
         BenchCommand::Engine(args) => engine::run(&args),
         BenchCommand::Serve(args) => serve::run(&args),
-        BenchCommand::Transfer(args) => transfer::run(&args),
-        BenchCommand::Gpu(args) => transfer::qualify(&args),
-        BenchCommand::TransferPeer => transfer::run_peer(),
+        BenchCommand::Transfer(args) => transfer::run(&args, kernels),
+        BenchCommand::Gpu(args) => transfer::qualify(&args, kernels),
+        BenchCommand::TransferPeer => transfer::run_peer(kernels),
     }
 }

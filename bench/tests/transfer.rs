@@ -2,6 +2,7 @@
 //! contents are checked by itself.
 
 use blockplane_bench::{report::Report, transfer};
+use blockplane_transfer::KernelConfig;
 use clap::Parser;
 use serde_json::Value;
 
@@ -15,7 +16,11 @@ fn bench(options: &str, json: bool) -> (anyhow::Result<()>, String) {
     let line = format!("transfer --in-process --arena-mib 4 --case-ms 5 --quick {options}");
     let args = Cli::parse_from(line.split_whitespace()).args;
     let mut out = Vec::new();
-    let result = transfer::run_to(&args, &mut Report::new(&mut out, json));
+    let result = transfer::run_to(
+        &args,
+        &KernelConfig::default(),
+        &mut Report::new(&mut out, json),
+    );
     (result, String::from_utf8(out).expect("text"))
 }
 
@@ -97,15 +102,26 @@ fn an_option_that_makes_no_sense_is_named() {
         ("--start-count 4 --max-count 2", "--start-count"),
         ("--counts 0", "--counts"),
         ("--case-ms 0", "--case-ms"),
+        ("--sms 4", "--sms"),
+        ("--pull-writes", "--pull-writes"),
+        ("--beside matmul", "--beside"),
     ] {
         let line = format!("transfer --in-process {options}");
         let args = Cli::parse_from(line.split_whitespace()).args;
-        let error = transfer::run_to(&args, &mut Report::new(Vec::new(), true));
+        let error = transfer::run_to(
+            &args,
+            &KernelConfig::default(),
+            &mut Report::new(Vec::new(), true),
+        );
         let error = error.expect_err("refused").to_string();
         assert!(error.contains(name), "{error}");
     }
     let args = Cli::parse_from(["transfer", "--lanes", "loopback"]).args;
-    let error = transfer::run_to(&args, &mut Report::new(Vec::new(), true));
+    let error = transfer::run_to(
+        &args,
+        &KernelConfig::default(),
+        &mut Report::new(Vec::new(), true),
+    );
     assert!(
         error
             .expect_err("refused")

@@ -3,6 +3,7 @@
 use std::io::{Write, stdout};
 
 use blockplane_bench::{BenchArgs, report::Report, run, transfer};
+use blockplane_transfer::KernelConfig;
 use clap::Parser;
 use serde_json::Value;
 
@@ -21,7 +22,7 @@ fn main() -> anyhow::Result<()> {
     // The other process is started as `<this program> bench transfer-peer`.
     if std::env::args().nth(1).as_deref() == Some("bench") {
         let Cli::Bench(args) = Cli::parse();
-        return run(args);
+        return run(args, &KernelConfig::default());
     }
     both_lanes_move_bytes_between_processes()?;
     writeln!(
@@ -74,7 +75,11 @@ fn the_qualification_of_gpus_can_be_rehearsed() -> anyhow::Result<()> {
 fn measure(line: &str) -> anyhow::Result<Vec<Value>> {
     let Options { args } = Options::parse_from(line.split(' '));
     let mut out = Vec::new();
-    transfer::run_to(&args, &mut Report::new(&mut out, true))?;
+    transfer::run_to(
+        &args,
+        &KernelConfig::default(),
+        &mut Report::new(&mut out, true),
+    )?;
     String::from_utf8(out)?
         .lines()
         .map(|line| Ok(serde_json::from_str(line)?))

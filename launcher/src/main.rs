@@ -39,7 +39,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Frontend(args) => role::frontend::run(args),
         Command::Worker(args) => role::worker::run(args),
         Command::Doctor(args) => doctor::run(&args),
-        Command::Bench(args) => blockplane_bench::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => {
+            blockplane_bench::run(args, &kernels::config()).map(|()| ExitCode::SUCCESS)
+        }
         Command::Selftest(args) => blockplane_bench::selftest::run(args, kernels::config()),
     }
 }

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use anyhow::{bail, ensure};
-use blockplane_transfer::{CudaReport, CudaUnavailable, probe_cuda};
+use blockplane_transfer::{CudaReport, CudaUnavailable, KernelConfig, probe_cuda};
 
 use super::{
     case::{Case, LaneName, Memory, OpName, Pattern, Shape, Size},
@@ -28,6 +28,13 @@ pub enum Section {
     Setup,
     /// Processor time of connected agents without work.
     Idle,
+}
+
+/// What runs beside transfers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Companion {
+    /// A large product of bf16 matrices, again and again.
+    Matmul,
 }
 
 /// Whether a transfer is prepared once or each time.
@@ -210,9 +217,22 @@ pub struct TransferArgs {
         help_heading = "GPUs"
     )]
     pub sharing: Sharing,
-    /// Folder for compiled kernels [default: one that goes away with the benchmark].
+    /// Run this beside the transfers, and report how much each slows the other. The transfers move
+    /// blocks of 32 KiB, up to 128 MiB at a time, two at a time.
+    #[arg(long, value_enum, help_heading = "GPUs")]
+    pub beside: Option<Companion>,
+    /// Device of the matrix product [default: the first that takes part in the transfers].
+    #[arg(long, value_name = "N", requires = "beside", help_heading = "GPUs")]
+    pub beside_device: Option<u32>,
+    /// Rows and columns of its matrices.
+    #[arg(long, value_name = "N", default_value_t = 8192, help_heading = "GPUs")]
+    pub product_size: u32,
+    /// Post no faster than this, for transfers at a moderate rate beside the product.
+    #[arg(long, value_name = "RATE", requires = "beside", help_heading = "GPUs")]
+    pub pace_gb_per_s: Option<f64>,
+    /// Folder of cuBLASLt [default: the loader's path, toolkits and Python packages].
     #[arg(long, value_name = "FOLDER", help_heading = "GPUs")]
-    pub kernel_cache: Option<PathBuf>,
+    pub cublas: Option<PathBuf>,
 
     /// Posting threads of each initiator.
     #[arg(long, default_value_t = 1, value_name = "N", help_heading = "Posting")]
@@ -301,11 +321,13 @@ pub(super) struct Effective {
     pub(super) sections: Vec<Section>,
     pub(super) model: Option<Model>,
     pub(super) settings: Settings,
+    /// Where kernels are compiled and kept.
+    pub(super) kernels: KernelConfig,
 }
 
 impl TransferArgs {
     /// Checks the options and applies `--quick` and the defaults that depend on others.
-    pub(super) fn effective(&self) -> anyhow::Result<Effective> {
+    pub(super) fn effective(&self, kernels: &KernelConfig) -> anyhow::Result<Effective> {
         let mut args = self.clone();
         let topology = Topology::new(args.scheme, args.initiators, args.targets)?;
         let single = topology.pairs() == 1;
@@ -360,6 +382,7 @@ impl TransferArgs {
             "--measure: between more than two agents only blocks are measured"
         );
         Ok(Effective {
+            kernels: kernels.clone(),
             settings: Settings {
                 tcp_streams: args.tcp_streams,
                 copy_threads: args.copy_threads,
@@ -367,7 +390,6 @@ impl TransferArgs {
                     engine: false,
                     pull_writes: args.pull_writes,
                     sharing: args.sharing,
-                    kernel_cache: args.kernel_cache.clone(),
                 },
             },
             args,
@@ -413,6 +435,7 @@ impl TransferArgs {
             for (option, given) in [
                 ("--sms", !self.sms.is_empty()),
                 ("--pull-writes", self.pull_writes),
+                ("--beside", self.beside.is_some()),
                 ("--sharing handle", self.sharing == Sharing::Handle),
             ] {
                 ensure!(
@@ -423,7 +446,7 @@ impl TransferArgs {
             return Ok(None);
         };
         let report = probe_cuda()?;
-        for device in devices.into_iter().flatten() {
+        for device in devices.into_iter().chain([self.beside_device]).flatten() {
             if report.devices.iter().all(|one| one.ordinal != device) {
                 let devices = u32::try_from(report.devices.len()).unwrap_or(u32::MAX);
                 return Err(CudaUnavailable::UnknownDevice { device, devices }.into());
@@ -451,6 +474,16 @@ impl TransferArgs {
             "--measure setup is about host memory; `blockplane bench gpu` times the registration of \
              device memory"
         );
+        ensure!(
+            self.beside.is_none() || (self.scheme == Scheme::Pairwise && self.initiators.is_none()),
+            "--beside runs between two agents; leave out --scheme and --initiators"
+        );
+        if let Some(rate) = self.pace_gb_per_s {
+            ensure!(
+                rate.is_finite() && rate >= 0.001,
+                "--pace-gb-per-s {rate}: accepted: 0.001 or more"
+            );
+        }
         let most = report
             .devices
             .iter()

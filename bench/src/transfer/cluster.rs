@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
+use blockplane_transfer::KernelConfig;
 
 use super::{
     args::{Effective, Prepared},
@@ -181,9 +182,14 @@ pub(super) struct ProductOf {
 
 impl Cluster {
     /// Starts the processes; the only initiator of a benchmark is this process itself.
-    pub(super) fn start(topology: Topology, hosts: Hosts, seed: u64) -> anyhow::Result<Self> {
+    pub(super) fn start(
+        topology: Topology,
+        hosts: Hosts,
+        seed: u64,
+        kernels: &KernelConfig,
+    ) -> anyhow::Result<Self> {
         let link = || match hosts {
-            Hosts::Threads => Link::thread(),
+            Hosts::Threads => Link::thread(kernels),
             Hosts::Processes | Hosts::Apart | Hosts::Together => Link::process(),
         };
         let targets: Vec<Link> = (0..topology.targets)
@@ -191,7 +197,7 @@ impl Cluster {
             .collect::<anyhow::Result<_>>()?;
         let initiators = match (hosts, topology.initiators) {
             (Hosts::Together, _) => targets.iter().map(Link::partner).collect(),
-            (Hosts::Threads | Hosts::Processes, 1) => vec![Link::here()],
+            (Hosts::Threads | Hosts::Processes, 1) => vec![Link::here(kernels)],
             (Hosts::Threads | Hosts::Processes | Hosts::Apart, number) => {
                 (0..number).map(|_| link()).collect::<anyhow::Result<_>>()?
             }

@@ -193,7 +193,7 @@ impl Ours {
         effective: &Effective,
     ) -> anyhow::Result<Self> {
         let seed = effective.args.seed;
-        let mut config = node::config("bench-file", &effective.settings);
+        let mut config = node::config("bench-file", &effective.settings, &effective.kernels);
         config.storage.file_queue_depth = count;
         let agent = Agent::new(config)?;
         let arena = block_bytes as usize * count as usize * TRANSFERS;

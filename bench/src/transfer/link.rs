@@ -3,7 +3,6 @@
 use std::{
     cell::RefCell,
     io::{self, BufRead, BufReader, Write},
-    path::PathBuf,
     process::{Child, Stdio},
     rc::Rc,
     sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
@@ -12,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use blockplane_transfer::{Metadata, RegionId};
+use blockplane_transfer::{KernelConfig, Metadata, RegionId};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -96,8 +95,6 @@ pub(super) struct DeviceSettings {
     /// The side that is written to does the work of a WRITE.
     pub(super) pull_writes: bool,
     pub(super) sharing: Sharing,
-    /// Where compiled kernels are kept for the other processes of the run.
-    pub(super) kernel_cache: Option<PathBuf>,
 }
 
 /// How processes get at each other's device memory.
@@ -197,8 +194,8 @@ impl Link {
     }
 
     /// No other thread: a command is carried out when it is sent.
-    pub(super) fn here() -> Self {
-        Self::new(Way::Here(Box::default(), None))
+    pub(super) fn here(kernels: &KernelConfig) -> Self {
+        Self::new(Way::Here(Box::new(Node::new(kernels)), None))
     }
 
     /// Starts this program again.
@@ -228,13 +225,13 @@ impl Link {
     }
 
     /// Starts a thread of this process.
-    pub(super) fn thread() -> anyhow::Result<Self> {
+    pub(super) fn thread(kernels: &KernelConfig) -> anyhow::Result<Self> {
+        let mut node = Node::new(kernels);
         let (commands, inbox) = sync_channel::<Command>(1);
         let (sender, replies) = sync_channel(1);
         thread::Builder::new()
             .name("bench-node".to_owned())
             .spawn(move || {
-                let mut node = Node::default();
                 for command in inbox {
                     if sender.send(Ok(node.handle(command))).is_err() {
                         return;
@@ -329,11 +326,11 @@ impl Drop for Way {
 ///
 /// # Errors
 /// When a line is not a command or the output is closed.
-pub fn run_peer() -> anyhow::Result<()> {
+pub fn run_peer(kernels: &KernelConfig) -> anyhow::Result<()> {
     // Whoever ends the benchmark in the middle of a command ends this process too.
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
         .context("cannot be bound to the benchmark's process")?;
-    let mut node = Node::default();
+    let mut node = Node::new(kernels);
     let mut out = io::stdout();
     for line in io::stdin().lock().lines() {
         let command = serde_json::from_str(&line?).context("not a command")?;

@@ -27,12 +27,13 @@ mod setup;
 use std::{fs, io::Write, time::Duration};
 
 use anyhow::Context;
+use blockplane_transfer::KernelConfig;
 use serde_json::json;
 
 use self::{
     args::Effective,
     case::{Case, Shape},
-    cluster::{Check, Cluster, Hosts, Way},
+    cluster::{Check, Cluster, Hosts, ProductOf, Way},
     job::Rounds,
     limits::Limits,
     link::Address,
@@ -40,7 +41,7 @@ use self::{
     ping::{Pings, Receiver},
 };
 pub use self::{
-    args::{Prepared, Section, TransferArgs},
+    args::{Companion, Prepared, Section, TransferArgs},
     case::{LaneName, Memory, OpName, Pattern, Size},
     link::{Sharing, run_peer},
     model::{DTypeName, Order},
@@ -49,28 +50,25 @@ pub use self::{
 };
 use crate::report::{Record, Report, Table};
 
-/// Runs it.
+/// Runs it. `kernels` says where kernels for GPUs are compiled and kept.
 ///
 /// # Errors
 /// When an option makes no sense, a process or connection fails, bytes arrive wrong, or the output
 /// is closed.
-pub fn run(args: &TransferArgs) -> anyhow::Result<()> {
-    run_to(args, &mut Report::stdout(args.json))
+pub fn run(args: &TransferArgs, kernels: &KernelConfig) -> anyhow::Result<()> {
+    run_to(args, kernels, &mut Report::stdout(args.json))
 }
 
 /// Runs it with its output going to `report`.
 ///
 /// # Errors
 /// As for [`run`].
-pub fn run_to<W: Write>(args: &TransferArgs, report: &mut Report<W>) -> anyhow::Result<()> {
-    let mut effective = args.effective()?;
-    // Kernels are compiled once for all processes of the run.
-    let mut _kernels = None;
-    if effective.device().is_some() && effective.settings.device.kernel_cache.is_none() {
-        let folder = tempfile::tempdir().context("no folder for compiled kernels")?;
-        effective.settings.device.kernel_cache = Some(folder.path().to_owned());
-        _kernels = Some(folder);
-    }
+pub fn run_to<W: Write>(
+    args: &TransferArgs,
+    kernels: &KernelConfig,
+    report: &mut Report<W>,
+) -> anyhow::Result<()> {
+    let effective = args.effective(kernels)?;
     if args.csv.is_some() || args.plot.is_some() {
         report.keep();
     }
@@ -83,7 +81,7 @@ pub fn run_to<W: Write>(args: &TransferArgs, report: &mut Report<W>) -> anyhow::
             Hosts::Processes
         };
         let mut run = Run {
-            cluster: Cluster::start(effective.topology, hosts, effective.args.seed)?,
+            cluster: Cluster::start(effective.topology, hosts, effective.args.seed, kernels)?,
             effective: &effective,
             report,
         };
@@ -146,6 +144,11 @@ impl<W: Write> Run<'_, W> {
                     "in processes"
                 },
             ))?;
+            if args.beside.is_some() {
+                self.beside(lane)?;
+                self.cluster.close()?;
+                continue;
+            }
             for section in &effective.sections {
                 match section {
                     Section::Blocks => self.blocks(lane, &target, &mut limits)?,
@@ -213,6 +216,74 @@ impl<W: Write> Run<'_, W> {
         for plan in plans {
             self.report.note(&format!("planned as: {plan}"))?;
         }
+        Ok(())
+    }
+
+    /// Transfers and a matrix product, each alone and then both, for each budget.
+    fn beside(&mut self, lane: LaneName) -> anyhow::Result<()> {
+        const BLOCK: u32 = 32 << 10;
+        const DEPTH: usize = 2;
+        const BYTES_MAX: u64 = 128 << 20;
+        let effective = self.effective;
+        let args = &effective.args;
+        let device = args.beside_device.or_else(|| effective.device());
+        let product = ProductOf {
+            device: device.context("no device takes part")?,
+            size: args.product_size,
+            alone_millis: args.case_ms.max(200),
+            library: args.cublas.clone(),
+        };
+        let bytes = effective.bytes() as u64;
+        let each = (bytes / 5 * 4 / DEPTH as u64).min(BYTES_MAX);
+        let case = Case {
+            pattern: Pattern::Scattered,
+            shape: Shape::plain(BLOCK, bytes),
+            count: u32::try_from(each / u64::from(BLOCK))?.max(1),
+            listed: true,
+            turn: None,
+        };
+        self.report.note(&format!(
+            "matrix product of {0} x {0} bf16 on cuda:{1}",
+            product.size, product.device
+        ))?;
+        let mut table = Table::new(&[
+            "transfers",
+            "SMs",
+            "product us alone",
+            "TFLOPS",
+            "us beside",
+            "TFLOPS",
+            "slower %",
+            "GB/s alone",
+            "beside",
+            "slower %",
+        ]);
+        for &op in &args.ops {
+            for sms in effective.budgets() {
+                let way = Way {
+                    depth: DEPTH,
+                    sms,
+                    pace: args.pace_gb_per_s,
+                    rounds: Rounds::Within(product.alone_millis * 1000),
+                    ..Way::new(effective)
+                };
+                let shared = self.cluster.beside(op, &case, way, &product)?;
+                let mut place = effective.describe(lane, op, &case);
+                place.insert("sms".to_owned(), json!(sms));
+                place.insert("product".to_owned(), json!(product.size));
+                place.insert("product_device".to_owned(), json!(product.device));
+                place.insert("pace_gb_per_s".to_owned(), json!(args.pace_gb_per_s));
+                table.row(out::beside(
+                    self.report,
+                    &place,
+                    op,
+                    sms,
+                    product.size,
+                    &shared,
+                )?);
+            }
+        }
+        self.report.table(&table)?;
         Ok(())
     }
 
@@ -353,7 +424,12 @@ impl<W: Write> Run<'_, W> {
     }
 
     fn setup(&mut self, lane: LaneName) -> anyhow::Result<()> {
-        let setup = setup::measure(&self.cluster, lane, &self.effective.settings)?;
+        let setup = setup::measure(
+            &self.cluster,
+            lane,
+            &self.effective.settings,
+            &self.effective.kernels,
+        )?;
         let mut table = Table::new(&["once", "us p50", "max"]);
         for (metric, title, samples) in [
             (

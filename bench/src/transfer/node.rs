@@ -11,9 +11,9 @@ use std::{
 
 use anyhow::{Context, ensure};
 use blockplane_transfer::{
-    Agent, AgentConfig, KvBlockLayout, KvOrder, KvShape, KvSlice, LocalBlocks, LocalTensor,
-    Notifications, Op, Peer, Prepared, RecvError, RegionId, Registration, RemoteBlocks,
-    RemoteTensor,
+    Agent, AgentConfig, KernelConfig, KvBlockLayout, KvOrder, KvShape, KvSlice, LocalBlocks,
+    LocalTensor, Notifications, Op, Peer, Prepared, RecvError, RegionId, Registration,
+    RemoteBlocks, RemoteTensor,
 };
 
 use super::{
@@ -27,8 +27,9 @@ use super::{
 use crate::gpu::matmul::Product;
 
 /// A participant; it has nothing before it is told to start.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Node {
+    kernels: KernelConfig,
     active: Option<Active>,
     partner: Option<Box<Self>>,
     /// The matrix product that ran last, and where.
@@ -61,6 +62,15 @@ struct Drain {
 }
 
 impl Node {
+    pub(super) fn new(kernels: &KernelConfig) -> Self {
+        Self {
+            kernels: kernels.clone(),
+            active: None,
+            partner: None,
+            product: None,
+        }
+    }
+
     pub(super) fn handle(&mut self, command: Command) -> Reply {
         self.try_handle(command)
             .unwrap_or_else(|error| Reply::Failed {
@@ -78,7 +88,7 @@ impl Node {
                 settings,
             } => {
                 self.active = None;
-                let agent = agent(&name, lane, &settings)?;
+                let agent = agent(&name, lane, &settings, &self.kernels)?;
                 let sharing = settings.device.sharing;
                 let memory = memory::register(&agent, &memory, bytes, sharing)?;
                 let active = self.active.insert(Active {
@@ -94,7 +104,10 @@ impl Node {
             }
             Command::Stop => self.active = None,
             Command::Partner { order } => {
-                return Ok(self.partner.get_or_insert_default().handle(*order));
+                let partner = self
+                    .partner
+                    .get_or_insert_with(|| Box::new(Self::new(&self.kernels)));
+                return Ok(partner.handle(*order));
             }
             Command::Beside(beside) => {
                 let active = self.active.as_ref().context("no agent was started")?;
@@ -107,7 +120,7 @@ impl Node {
                 times,
                 settings,
             } => {
-                let agent = Agent::new(config("bench-allocate", &settings))?;
+                let agent = Agent::new(config("bench-allocate", &settings, &self.kernels))?;
                 let sharing = settings.device.sharing;
                 let found = memory::allocate(&agent, &memory, bytes, times, sharing)?;
                 return Ok(Reply::Allocated(found));
@@ -310,14 +323,19 @@ impl Drain {
 }
 
 /// Starts an agent that offers one lane only.
-pub(super) fn agent(name: &str, lane: LaneName, settings: &Settings) -> anyhow::Result<Agent> {
+pub(super) fn agent(
+    name: &str,
+    lane: LaneName,
+    settings: &Settings,
+    kernels: &KernelConfig,
+) -> anyhow::Result<Agent> {
     Ok(Agent::new(
-        config(name, settings).with_lanes([lane.lane()]),
+        config(name, settings, kernels).with_lanes([lane.lane()]),
     )?)
 }
 
 /// The configuration of an agent.
-pub(super) fn config(name: &str, settings: &Settings) -> AgentConfig {
+pub(super) fn config(name: &str, settings: &Settings, kernels: &KernelConfig) -> AgentConfig {
     let mut config = AgentConfig::new(name);
     config.tcp_streams = settings.tcp_streams.unwrap_or(config.tcp_streams);
     config.copy_threads = settings.copy_threads.unwrap_or(config.copy_threads);
@@ -327,11 +345,7 @@ pub(super) fn config(name: &str, settings: &Settings) -> AgentConfig {
     }
     config.cuda.peers_pull = device.pull_writes;
     config.cuda.pull_writes = device.pull_writes;
-    config
-        .cuda
-        .kernels
-        .cache_folder
-        .clone_from(&device.kernel_cache);
+    config.cuda.kernels = kernels.clone();
     config
 }
 

@@ -6,11 +6,15 @@ use serde_json::{Map, Value, json};
 
 use super::{
     args::{Effective, Prepared},
+    beside::Shared,
     case::{Case, LaneName, OpName},
     cluster::Measured,
     limits::Limit,
 };
-use crate::report::{Record, Report, Table, case};
+use crate::{
+    gpu::matmul::tflops,
+    report::{Record, Report, Samples, Table, case},
+};
 
 /// Name in every record.
 pub(super) const BENCH: &str = "transfer";
@@ -156,6 +160,53 @@ pub(super) fn making<W: Write>(
         }
     }
     Ok(())
+}
+
+/// Writes the records of transfers beside a matrix product, and makes a row of them.
+pub(super) fn beside<W: Write>(
+    report: &mut Report<W>,
+    place: &Map<String, Value>,
+    op: OpName,
+    sms: Option<u32>,
+    size: u32,
+    shared: &Shared,
+) -> io::Result<Vec<String>> {
+    let samples = |times: &[f64]| -> Samples { times.iter().copied().collect() };
+    let (alone, beside) = (
+        samples(&shared.product_alone),
+        samples(&shared.product_beside),
+    );
+    for (metric, times) in [("product_alone_us", &alone), ("product_beside_us", &beside)] {
+        report.record(&Record::of_samples(
+            BENCH,
+            place.clone(),
+            metric,
+            "us",
+            times,
+        ))?;
+    }
+    let (slower, less) = (shared.product_slowdown(), shared.transfer_slowdown());
+    for (metric, unit, value) in [
+        ("product_slowdown_percent", "%", slower),
+        ("transfer_alone_gb_per_s", "GB/s", shared.transfer_alone),
+        ("transfer_beside_gb_per_s", "GB/s", shared.transfer_beside),
+        ("transfer_slowdown_percent", "%", less),
+    ] {
+        report.record(&Record::new(BENCH, place.clone(), metric, unit, value, 1))?;
+    }
+    let tflops = |times: &Samples| format!("{:.0}", tflops(size, times.median()));
+    Ok(vec![
+        op.as_str().to_owned(),
+        sms.map_or_else(|| "own".to_owned(), |sms| sms.to_string()),
+        format!("{:.1}", alone.median()),
+        tflops(&alone),
+        format!("{:.1}", beside.median()),
+        tflops(&beside),
+        format!("{slower:.1}"),
+        format!("{:.1}", shared.transfer_alone),
+        format!("{:.1}", shared.transfer_beside),
+        format!("{less:.1}"),
+    ])
 }
 
 /// The highest bound.

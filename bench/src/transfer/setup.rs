@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use blockplane_transfer::{ArenaConfig, RemoteAccess};
+use blockplane_transfer::{ArenaConfig, KernelConfig, RemoteAccess};
 
 use super::{
     case::LaneName,
@@ -34,6 +34,7 @@ pub(super) fn measure(
     cluster: &Cluster,
     lane: LaneName,
     settings: &Settings,
+    kernels: &KernelConfig,
 ) -> anyhow::Result<Setup> {
     let mut setup = Setup {
         metadata: Samples::default(),
@@ -44,7 +45,7 @@ pub(super) fn measure(
     let known = cluster.describe()?.metadata()?;
     let place = known.unix_socket().or_else(|| known.tcp_address());
     for i in 0..TIMES {
-        let agent = node::agent(&format!("bench-setup-{i}"), lane, settings)?;
+        let agent = node::agent(&format!("bench-setup-{i}"), lane, settings, kernels)?;
         let start = Instant::now();
         let metadata = match place {
             Some(place) => agent.fetch_metadata(place, PATIENCE)?,
@@ -56,7 +57,7 @@ pub(super) fn measure(
         setup.connect.push(micros(start));
         peer.disconnect();
     }
-    let agent = node::agent("bench-setup", lane, settings)?;
+    let agent = node::agent("bench-setup", lane, settings, kernels)?;
     for _ in 0..3 {
         let memory = memory::host(REGISTERED_BYTES)?;
         let start = Instant::now();

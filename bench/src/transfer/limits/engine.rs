@@ -4,6 +4,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use anyhow::Context;
+use blockplane_transfer::KernelConfig;
 
 use crate::transfer::{
     args::Effective,
@@ -17,6 +18,7 @@ use crate::transfer::{
 #[derive(Debug)]
 pub(super) struct Engine {
     places: Places,
+    kernels: KernelConfig,
     seed: u64,
     open: Option<Cluster>,
     /// GB/s by direction and bytes.
@@ -28,6 +30,7 @@ impl Engine {
         let mut places = effective.places(LaneName::Loopback);
         places.settings.device.engine = true;
         Self {
+            kernels: effective.kernels.clone(),
             places,
             seed: effective.args.seed,
             open: None,
@@ -44,7 +47,8 @@ impl Engine {
             Some(cluster) => cluster,
             None => {
                 let topology = Topology::new(Scheme::Pairwise, None, None)?;
-                let mut cluster = Cluster::start(topology, Hosts::Threads, self.seed)?;
+                let mut cluster =
+                    Cluster::start(topology, Hosts::Threads, self.seed, &self.kernels)?;
                 cluster.open(&self.places)?;
                 cluster
             }

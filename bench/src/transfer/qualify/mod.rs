@@ -13,7 +13,7 @@ mod stage;
 use std::{fs::OpenOptions, io::Write, path::PathBuf, time::Duration};
 
 use anyhow::{Context, ensure};
-use blockplane_transfer::{CudaReport, probe_cuda};
+use blockplane_transfer::{CudaReport, KernelConfig, probe_cuda};
 
 use self::{
     rows::{Product, Session},
@@ -85,9 +85,6 @@ pub struct GpuArgs {
     /// --quick 90].
     #[arg(long, value_name = "SECONDS")]
     pub total_seconds: Option<u64>,
-    /// Folder for compiled kernels [default: one that goes away with the benchmark].
-    #[arg(long, value_name = "FOLDER")]
-    pub kernel_cache: Option<PathBuf>,
     /// Rows and columns of the matrices of the product that runs beside transfers.
     #[arg(long, default_value_t = 8192, value_name = "N")]
     pub product_size: u32,
@@ -105,12 +102,12 @@ pub struct GpuArgs {
     pub rehearse: bool,
 }
 
-/// Runs it.
+/// Runs it. `kernels` says where kernels are compiled and kept.
 ///
 /// # Errors
 /// There is no usable GPU, an option makes no sense, or a row failed; every other row ran all the
 /// same.
-pub fn qualify(args: &GpuArgs) -> anyhow::Result<()> {
+pub fn qualify(args: &GpuArgs, kernels: &KernelConfig) -> anyhow::Result<()> {
     for (option, value) in [
         ("--row-seconds", args.row_seconds),
         ("--total-seconds", args.total_seconds.unwrap_or(1)),
@@ -137,14 +134,9 @@ pub fn qualify(args: &GpuArgs) -> anyhow::Result<()> {
             Some(Report::new(file, true))
         }
     };
-    let folder = tempfile::tempdir().context("no folder for compiled kernels")?;
     let settings = Settings {
         device: DeviceSettings {
             sharing: args.sharing,
-            kernel_cache: Some(match &args.kernel_cache {
-                Some(folder) => folder.clone(),
-                None => folder.path().to_owned(),
-            }),
             ..DeviceSettings::default()
         },
         ..Settings::default()
@@ -156,7 +148,7 @@ pub fn qualify(args: &GpuArgs) -> anyhow::Result<()> {
     };
     let row = Duration::from_secs(args.row_seconds);
     let sheet = Sheet::new(report, file, Duration::from_secs(total), row)?;
-    let stage = Stage::new(settings, args.seed);
+    let stage = Stage::new(settings, kernels.clone(), args.seed);
     let quick = args.quick || args.rehearse;
     let product = Product {
         size: args.product_size,

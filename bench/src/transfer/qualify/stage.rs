@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
-use blockplane_transfer::{CudaReport, CudaUnavailable};
+use blockplane_transfer::{CudaReport, CudaUnavailable, KernelConfig};
 
 use crate::transfer::{
     case::{LaneName, Memory},
@@ -100,14 +100,16 @@ pub(super) struct Pair {
 #[derive(Debug)]
 pub(super) struct Stage {
     settings: Settings,
+    kernels: KernelConfig,
     seed: u64,
     running: Vec<(Hosts, Cluster, Option<Pair>)>,
 }
 
 impl Stage {
-    pub(super) const fn new(settings: Settings, seed: u64) -> Self {
+    pub(super) const fn new(settings: Settings, kernels: KernelConfig, seed: u64) -> Self {
         Self {
             settings,
+            kernels,
             seed,
             running: Vec::new(),
         }
@@ -123,7 +125,7 @@ impl Stage {
             Some(at) => at,
             None => {
                 let topology = Topology::new(Scheme::Pairwise, None, None)?;
-                let cluster = Cluster::start(topology, pair.hosts, self.seed)?;
+                let cluster = Cluster::start(topology, pair.hosts, self.seed, &self.kernels)?;
                 self.running.push((pair.hosts, cluster, None));
                 self.running.len() - 1
             }
@@ -157,7 +159,7 @@ impl Stage {
 
     /// A process in which nothing was done yet, one agent's or more.
     pub(super) fn fresh(&self, topology: Topology, until: Instant) -> anyhow::Result<Cluster> {
-        let mut cluster = Cluster::start(topology, Hosts::Apart, self.seed)?;
+        let mut cluster = Cluster::start(topology, Hosts::Apart, self.seed, &self.kernels)?;
         cluster.set_deadline(Some(until));
         Ok(cluster)
     }
