@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use super::driver::{CudaDevice, check, driver, handle};
 use super::error::{CudaError, CudaUnavailable};
 use super::loaded::{KernelTrouble, Kernels};
+use super::pace::Paces;
 use super::share::Occupied;
 use super::slots::SlotPool;
 use super::stream::Streams;
@@ -31,6 +32,8 @@ pub(crate) struct Device {
     pub(crate) info: &'static CudaDevice,
     context: CUcontext,
     pub(super) streams: Streams,
+    /// How long launches take.
+    pub(super) paces: Paces,
     /// Multiprocessors that transfers occupy.
     pub(super) occupied: Occupied,
     /// Where the ends of launches show, and the counters for that on this device.
@@ -133,6 +136,7 @@ impl Device {
             info,
             context,
             streams: Streams::default(),
+            paces: Paces::default(),
             occupied: Occupied::default(),
             slots: OnceLock::new(),
             side: Mutex::new(RawStream(std::ptr::null_mut())),

@@ -17,6 +17,7 @@ mod kernels;
 mod loaded;
 mod memory;
 mod mover;
+mod pace;
 mod permute;
 mod pin;
 mod plan;

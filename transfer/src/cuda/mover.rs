@@ -21,6 +21,7 @@ use parking_lot::{Condvar, Mutex};
 use super::device::Device;
 use super::error::CudaError;
 use super::kernels::abi::BpDone;
+use super::pace::Way;
 use super::share::SmShare;
 use super::slots::{Slot, SlotPool};
 use super::stream::{Lease, Streams};
@@ -33,6 +34,10 @@ use crate::op::TransferState;
 const NAP: Duration = Duration::from_micros(50);
 /// The same when only launches are left that were called off before they started.
 const LONG_NAP: Duration = Duration::from_millis(2);
+/// The end of a launch is looked for from this part of the expected time on, less the time that a sleeping
+/// thread takes to wake up.
+const EARLY: f64 = 0.95;
+const WAKE_UP: Duration = Duration::from_micros(100);
 /// The device is asked for errors when a launch shows no end for so long, and again after each such time.
 const LOOK_AT_DEVICE: Duration = Duration::from_millis(2);
 /// Looks at one launch before the thread lets others run.
@@ -68,7 +73,9 @@ struct Flight {
     ticket: u32,
     /// It waits for an event, and agrees with the host before it touches a byte.
     guarded: bool,
-    /// When its end is first looked for in earnest.
+    way: Way,
+    bytes: u64,
+    /// When its end is expected.
     due: Instant,
     launched: Instant,
     /// When the device was last asked for errors, in microseconds since the launch.
@@ -180,12 +187,16 @@ impl Mover {
         if let Some(event) = options.after {
             lease.wait_for(event)?;
         }
+        let (way, bytes) = work.pace(if by_engine { 0 } else { share.sms() });
+        let launched = Instant::now();
         let flight = Flight {
             transfer: transfer.clone(),
             ticket,
             guarded: !by_engine && options.after.is_some(),
-            due: Instant::now() + Duration::from_secs_f64(work.seconds * 0.9),
-            launched: Instant::now(),
+            way,
+            bytes,
+            due: launched + device.paces.expected(way, bytes),
+            launched,
             asked: AtomicU64::new(0),
             reported: AtomicBool::new(false),
             slot,
@@ -263,28 +274,28 @@ impl Mover {
         }
     }
 
-    /// Looks for the end of a short transfer until it is there or `until` passes. A long one is left to the
-    /// thread.
+    /// Looks for the end of a transfer from shortly before it is due until a while after, or until
+    /// `until`, and sleeps before. One that takes longer than expected, or waits for an event, is left to
+    /// the thread.
     pub(crate) fn help(&self, transfer: &Arc<TransferState>, until: Instant) {
-        let short = transfer
-            .work
-            .as_ref()
-            .and_then(|work| work.device())
-            .is_some_and(|work| work.seconds <= self.config.spin.as_secs_f64());
-        if !short || transfer.device.after.is_some() {
+        if transfer.device.after.is_some() {
             return;
         }
-        let until = until.min(Instant::now() + self.config.spin);
-        while !transfer.is_finished() {
-            let flights: Vec<_> = of(&self.state.lock().flights, transfer).cloned().collect();
+        let flights: Vec<_> = of(&self.state.lock().flights, transfer).cloned().collect();
+        let Some(last) = flights.iter().max_by_key(|flight| flight.due) else {
+            return;
+        };
+        let begin = last.looked_for_from();
+        if Instant::now() < begin && transfer.sleep_until(begin.min(until)) {
+            return;
+        }
+        let until = until.min(last.looked_for_until(self.config.spin));
+        while !transfer.is_finished() && Instant::now() < until {
             for _ in 0..LOOKS {
                 for flight in flights.iter().filter(|flight| flight.ended()) {
                     flight.report();
                 }
                 std::hint::spin_loop();
-            }
-            if Instant::now() >= until {
-                return;
             }
         }
     }
@@ -409,9 +420,14 @@ impl Flight {
 
     /// Gives the part back, once.
     fn report(&self) {
-        if !self.reported.swap(true, Ordering::AcqRel) {
-            self.transfer.part_done();
+        if self.reported.swap(true, Ordering::AcqRel) {
+            return;
         }
+        if self.ended() && self.transfer.device.after.is_none() {
+            let took = self.launched.elapsed();
+            self.lease.device.paces.learn(self.way, self.bytes, took);
+        }
+        self.transfer.part_done();
     }
 
     fn was_reported(&self) -> bool {
@@ -454,9 +470,20 @@ impl Flight {
         self.was_reported() && (self.ended() || self.lease.device.lost().is_some())
     }
 
+    /// Looking for the end begins a little before it is due: about as long as it takes to wake up.
+    fn looked_for_from(&self) -> Instant {
+        let expected = self.due.duration_since(self.launched);
+        self.launched + expected.mul_f64(EARLY).saturating_sub(WAKE_UP)
+    }
+
+    /// And ends when it is later than such launches are.
+    fn looked_for_until(&self, spin: Duration) -> Instant {
+        let expected = self.due.duration_since(self.launched);
+        self.due + spin.max(expected / 4)
+    }
+
     /// Whether the end may come any moment.
     fn is_due(&self, now: Instant, spin: Duration) -> bool {
-        let late = spin.max(self.due.duration_since(self.launched) / 4);
-        now >= self.due && now <= self.due + late
+        (self.looked_for_from()..self.looked_for_until(spin)).contains(&now)
     }
 }

@@ -12,6 +12,7 @@ use super::error::CudaError;
 use super::kernels::abi::{BpCopy, BpDone, BpPermute, BpSet};
 use super::kernels::shape::{self, CopyBy, Shape};
 use super::loaded::{Function, Kernels};
+use super::pace::Way;
 use super::permute;
 use super::pin::{Pin, PinnedSpan, Unpinned};
 use super::plan::{Blocks, Copies, IdTable, Pair, TooManyChunks, lay_out};
@@ -25,10 +26,6 @@ use crate::plan::{BlockSet, FROM, TO};
 
 /// Bytes of one launch that rearranges.
 const LAUNCH_BYTES_MAX: u64 = 1 << 30;
-/// What links and buses have been seen to move, in bytes per second: how long a transfer is left alone
-/// before its end is looked for. Only the timing of looks depends on it.
-const LINK_BYTES_PER_S: f64 = 350e9;
-const BUS_BYTES_PER_S: f64 = 50e9;
 
 /// How the bytes of an operation are moved by a device.
 pub(crate) struct DeviceWork {
@@ -42,8 +39,9 @@ pub(crate) struct DeviceWork {
     /// The set table and the ids behind it.
     table: Option<Table>,
     pub(super) sms: u32,
-    /// About how long it takes, in seconds.
-    pub(super) seconds: f64,
+    bytes: u64,
+    /// Host memory takes part.
+    over_the_bus: bool,
 }
 
 /// One part of an operation.
@@ -127,10 +125,7 @@ impl DeviceWork {
         {
             work.engine = engine_copies(copies, &reach.spans);
         }
-        let over_the_bus = !reach.spans.is_empty();
-        if over_the_bus {
-            work.seconds *= LINK_BYTES_PER_S / BUS_BYTES_PER_S;
-        }
+        work.over_the_bus = !reach.spans.is_empty();
         let reason = format!("{}; {why}", work.explain());
         Ok((work, reason))
     }
@@ -159,7 +154,8 @@ impl DeviceWork {
             engine: Vec::new(),
             table: upload(device, &table)?,
             sms,
-            seconds: copies.bytes() as f64 / LINK_BYTES_PER_S,
+            bytes: copies.bytes(),
+            over_the_bus: false,
             copies: Some(copies),
         })
     }
@@ -219,13 +215,29 @@ impl DeviceWork {
             engine: Vec::new(),
             table,
             sms,
-            seconds: bytes as f64 / LINK_BYTES_PER_S,
+            bytes,
+            over_the_bus: false,
         })
     }
 
     /// Parts of the operation: launches, each called off or done as a whole.
     pub(crate) fn parts(&self) -> u32 {
         u32::try_from(self.launches.len()).unwrap_or(u32::MAX)
+    }
+
+    /// What the speed of a launch on so many multiprocessors depends on, and its bytes; 0 for the copy
+    /// engines, which take all parts at once.
+    pub(super) fn pace(&self, sms: u32) -> (Way, u64) {
+        let way = Way {
+            over_the_bus: self.over_the_bus,
+            sms,
+        };
+        let parts = if sms == 0 {
+            1
+        } else {
+            self.launches.len().max(1) as u64
+        };
+        (way, self.bytes / parts)
     }
 
     /// Whether the copy engines may do it, all parts as one.

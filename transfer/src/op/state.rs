@@ -237,6 +237,17 @@ impl TransferState {
         }
     }
 
+    /// Sleeps until the end, or until a moment; true at the end.
+    pub(crate) fn sleep_until(&self, until: Instant) -> bool {
+        let mut cell = self.cell.lock();
+        while !matches!(cell.phase, Phase::Finished(_)) {
+            if self.done.wait_until(&mut cell, until).timed_out() {
+                return matches!(cell.phase, Phase::Finished(_));
+            }
+        }
+        true
+    }
+
     /// Waits a little while without parking, when the end is as near as one part of a copy.
     pub(crate) fn spin_for_workers(&self) {
         let copied = |work: &Arc<Work>| matches!(work.path, Path::Copy { .. });
