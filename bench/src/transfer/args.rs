@@ -217,6 +217,10 @@ pub struct TransferArgs {
         help_heading = "GPUs"
     )]
     pub sharing: Sharing,
+    /// How long a thread that waits for a transfer looks for its end without sleeping, up to 10000
+    /// [default: the agent's].
+    #[arg(long, value_name = "MICROSECONDS", help_heading = "GPUs")]
+    pub spin_us: Option<u64>,
     /// Run this beside the transfers, and report how much each slows the other. The transfers move
     /// blocks of 32 KiB, up to 128 MiB at a time, two at a time.
     #[arg(long, value_enum, help_heading = "GPUs")]
@@ -390,6 +394,7 @@ impl TransferArgs {
                     engine: false,
                     pull_writes: args.pull_writes,
                     sharing: args.sharing,
+                    spin_us: args.spin_us,
                 },
             },
             args,
@@ -436,6 +441,7 @@ impl TransferArgs {
                 ("--sms", !self.sms.is_empty()),
                 ("--pull-writes", self.pull_writes),
                 ("--beside", self.beside.is_some()),
+                ("--spin-us", self.spin_us.is_some()),
                 ("--sharing handle", self.sharing == Sharing::Handle),
             ] {
                 ensure!(

@@ -192,16 +192,21 @@ impl Cluster {
             Hosts::Threads => Link::thread(kernels),
             Hosts::Processes | Hosts::Apart | Hosts::Together => Link::process(),
         };
-        let targets: Vec<Link> = (0..topology.targets)
+        let mut targets: Vec<Link> = (0..topology.targets)
             .map(|_| link())
             .collect::<anyhow::Result<_>>()?;
-        let initiators = match (hosts, topology.initiators) {
+        let mut initiators: Vec<Link> = match (hosts, topology.initiators) {
             (Hosts::Together, _) => targets.iter().map(Link::partner).collect(),
             (Hosts::Threads | Hosts::Processes, 1) => vec![Link::here(kernels)],
             (Hosts::Threads | Hosts::Processes | Hosts::Apart, number) => {
                 (0..number).map(|_| link()).collect::<anyhow::Result<_>>()?
             }
         };
+        for (kind, links) in [("initiator", &mut initiators), ("target", &mut targets)] {
+            for (i, link) in links.iter_mut().enumerate() {
+                link.set_label(format!("{kind} {i}"));
+            }
+        }
         Ok(Self {
             topology,
             initiators,

@@ -1,7 +1,7 @@
 //! The processes of a benchmark: what they are told, what they answer, and how both travel.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     io::{self, BufRead, BufReader, Write},
     process::{Child, Stdio},
     rc::Rc,
@@ -79,6 +79,29 @@ pub(super) enum Command {
     Partner { order: Box<Self> },
 }
 
+impl Command {
+    /// What it is called in errors.
+    const fn name(&self) -> &'static str {
+        match self {
+            Self::Start { .. } => "start an agent with its memory",
+            Self::Describe => "describe",
+            Self::Connect { .. } => "connect",
+            Self::Fill { .. } => "fill blocks",
+            Self::Clear { .. } => "clear blocks",
+            Self::Verify { .. } => "compare blocks",
+            Self::Run(_) => "run transfers",
+            Self::Beside(_) => "run transfers beside a matrix product",
+            Self::Allocate { .. } => "allocate memory",
+            Self::Ping(_) => "send notifications",
+            Self::Echo(_) => "answer notifications",
+            Self::Drain | Self::Drained => "take notifications",
+            Self::Cpu => "tell the processor time",
+            Self::Stop => "stop the agent",
+            Self::Partner { order } => order.name(),
+        }
+    }
+}
+
 /// Settings that all agents share.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Settings {
@@ -95,6 +118,8 @@ pub(super) struct DeviceSettings {
     /// The side that is written to does the work of a WRITE.
     pub(super) pull_writes: bool,
     pub(super) sharing: Sharing,
+    /// How long a thread that waits looks without sleeping, instead of the agent's default.
+    pub(super) spin_us: Option<u64>,
 }
 
 /// How processes get at each other's device memory.
@@ -159,6 +184,10 @@ pub(super) struct Link {
     partner: bool,
     /// No answer is waited for after this.
     until: Option<Instant>,
+    /// Who is at the other end, for errors.
+    label: String,
+    /// The last command.
+    asked: Cell<&'static str>,
 }
 
 #[derive(Debug)]
@@ -175,6 +204,8 @@ impl Link {
             way: Rc::new(RefCell::new(way)),
             partner: false,
             until: None,
+            label: String::new(),
+            asked: Cell::new("nothing"),
         }
     }
 
@@ -185,7 +216,14 @@ impl Link {
             way: self.way.clone(),
             partner: true,
             until: self.until,
+            label: String::new(),
+            asked: Cell::new("nothing"),
         }
+    }
+
+    /// Names who is at the other end.
+    pub(super) fn set_label(&mut self, label: String) {
+        self.label = label;
     }
 
     /// Waits for no answer after this moment, however long the command may take.
@@ -243,6 +281,7 @@ impl Link {
 
     /// Sends a command whose answer is taken later by [`Self::answer`].
     pub(super) fn send(&self, command: Command) -> anyhow::Result<()> {
+        self.asked.set(command.name());
         let command = if self.partner {
             Command::Partner {
                 order: Box::new(command),
@@ -277,14 +316,23 @@ impl Link {
                 match replies.recv_timeout(patience) {
                     Ok(reply) => reply?,
                     Err(RecvTimeoutError::Timeout) => {
-                        bail!("no answer from the peer in {:.1} s", patience.as_secs_f64())
+                        bail!(
+                            "{} did not answer to '{}' in {:.1} s",
+                            self.label,
+                            self.asked.get(),
+                            patience.as_secs_f64()
+                        )
                     }
-                    Err(RecvTimeoutError::Disconnected) => bail!("the peer ended"),
+                    Err(RecvTimeoutError::Disconnected) => {
+                        bail!("{} ended during '{}'", self.label, self.asked.get())
+                    }
                 }
             }
         };
         match reply {
-            Reply::Failed { message } => bail!("a process of the benchmark failed: {message}"),
+            Reply::Failed { message } => {
+                bail!("{} failed at '{}': {message}", self.label, self.asked.get())
+            }
             reply => Ok(reply),
         }
     }

@@ -26,6 +26,9 @@ use super::{
 
 use crate::gpu::matmul::Product;
 
+/// Longest that an agent may be told to look for the end of a transfer without sleeping.
+const SPIN_MAX: Duration = Duration::from_millis(10);
+
 /// A participant; it has nothing before it is told to start.
 #[derive(Debug)]
 pub(super) struct Node {
@@ -342,6 +345,10 @@ pub(super) fn config(name: &str, settings: &Settings, kernels: &KernelConfig) ->
     let device = &settings.device;
     if device.engine {
         config.cuda.engine_bytes_min = 0;
+        // A limit ends when the device has ended, not when a sleeper has woken.
+        config.cuda.spin = SPIN_MAX;
+    } else if let Some(micros) = device.spin_us {
+        config.cuda.spin = Duration::from_micros(micros);
     }
     config.cuda.peers_pull = device.pull_writes;
     config.cuda.pull_writes = device.pull_writes;

@@ -75,6 +75,10 @@ pub struct GpuArgs {
     /// How processes get at each other's device memory.
     #[arg(long, value_enum, default_value = "file-descriptor")]
     pub sharing: Sharing,
+    /// How long a thread that waits for a transfer looks for its end without sleeping, up to 10000
+    /// [default: the agent's].
+    #[arg(long, value_name = "MICROSECONDS")]
+    pub spin_us: Option<u64>,
     /// Seed of block places and contents.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
@@ -137,6 +141,7 @@ pub fn qualify(args: &GpuArgs, kernels: &KernelConfig) -> anyhow::Result<()> {
     let settings = Settings {
         device: DeviceSettings {
             sharing: args.sharing,
+            spin_us: args.spin_us,
             ..DeviceSettings::default()
         },
         ..Settings::default()

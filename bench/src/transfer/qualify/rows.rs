@@ -111,7 +111,8 @@ impl Session {
         };
         self.sheet.print(title)?;
         for plan in std::mem::take(&mut self.plans) {
-            self.sheet.note(&format!("planned as: {plan}"))?;
+            self.sheet
+                .note(&format!("planned for the agent's own budget as: {plan}"))?;
         }
         Ok(())
     }
@@ -435,10 +436,7 @@ impl Session {
         let (stage, plans) = (&mut self.stage, &mut self.plans);
         let well = self.sheet.row(&work, |until| {
             let measured = stage.pair(&pair, until)?.measure(op, &case, way)?;
-            let plan = match way.sms {
-                Some(sms) => format!("{} (posted with up to {sms} SMs)", measured.reason),
-                None => measured.reason.clone(),
-            };
+            let plan = short(&measured.reason);
             if !plans.contains(&plan) {
                 plans.push(plan);
             }
@@ -514,6 +512,16 @@ pub(super) fn describe(pair: &Pair, op: OpName, case: &Case, way: Way) -> Map<St
     ])
 }
 
+/// A plan without the name of the socket, which differs from run to run.
+fn short(plan: &str) -> String {
+    match (plan.find(" (/"), plan.find(".sock)")) {
+        (Some(start), Some(end)) if start < end => {
+            format!("{}{}", &plan[..start], &plan[end + ".sock)".len()..])
+        }
+        _ => plan.to_owned(),
+    }
+}
+
 /// Where the bytes go.
 pub(super) fn arrow(pair: &Pair, op: OpName) -> String {
     let (from, to) = (pair.from.name(), pair.to.name());
@@ -545,4 +553,17 @@ pub(super) fn human(bytes: u32) -> String {
 #[expect(clippy::cast_precision_loss, reason = "far below 2^53 bytes")]
 const fn as_f64(bytes: u64) -> f64 {
     bytes as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plans_are_told_without_their_socket() {
+        let plan = "the peer is on this host (/tmp/blockplane-1.sock); cuda:0 copies (it pulls)";
+        let told = "the peer is on this host; cuda:0 copies (it pulls)";
+        assert_eq!(short(plan), told);
+        assert_eq!(short(told), told);
+    }
 }
