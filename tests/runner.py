@@ -1,6 +1,6 @@
 """Runs the tests, in groups, and ends with one line: N passed, N failed, N skipped.
 
-    tests/run                 unit, e2e, faults, hosts, python
+    tests/run                 unit, e2e, faults, hosts, python, gpu
     tests/run GROUP...        these groups
     tests/run --list          the groups
 
@@ -55,13 +55,13 @@ GROUPS = {
     "faults": "processes killed, stopped and cut off; seeded schedules; leaks; liars",
     "hosts": "two hosts, as network namespaces, with a wire that is cut",
     "python": "the OpenAI client against a running deployment",
+    "gpu": "GPUs, where there are any: blockplane selftest gpu",
 }
 # Named in the plan of the project; this version has nothing to run there.
 PLANNED = {
     "rdma": "Soft-RoCE in a virtual machine",
     "vllm": "a real vLLM behind blockplane",
     "web": "the web interface",
-    "gpu": "CUDA devices",
 }
 # Test targets that are groups of their own; every other target is `unit`.
 OWN_GROUP = {
@@ -77,7 +77,7 @@ OWN_GROUP = {
 CORES = len(os.sched_getaffinity(0))
 THREADS = {"e2e": min(2 * CORES, 16), "faults": min(2 * CORES, 8), "hosts": min(2 * CORES, 8)}
 # Longest time of one test executable, in seconds. A hang is a failure, not a wait.
-LIMIT_S = {"unit": 600, "e2e": 900, "faults": 900, "hosts": 300}
+LIMIT_S = {"unit": 600, "e2e": 900, "faults": 900, "hosts": 300, "gpu": 600}
 # Every process that a test starts inherits it, so that none is left behind whatever happened.
 MARK = f"BLOCKPLANE_TEST_RUN={uuid.uuid4()}"
 
@@ -174,6 +174,9 @@ def run_groups(groups, tally):
             else:
                 print(f"SKIPPED python: {python.reason}")
                 tally.add(skipped=1)
+            continue
+        if group == "gpu":
+            timed("gpu", lambda: run_gpu(executables["binary"], tally))
             continue
         if group == "hosts" and (reason := no_namespaces()):
             print(f"SKIPPED hosts: {reason}")
@@ -363,6 +366,21 @@ def no_namespaces():
         if shutil.which("ip"):
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
     return ""
+
+
+def run_gpu(binary, tally):
+    """The checks of the binary itself. It says what is missing on a machine without a GPU."""
+    command = [str(binary), "selftest", "gpu"]
+    code, output = stream(command, ROOT, LIMIT_S["gpu"])
+    summary = re.search(r"^(\d+) passed, (\d+) failed, (\d+) skipped$", output, re.MULTILINE)
+    if summary is None:
+        tally.fail(f"gpu: selftest ended with status {code}, without a result")
+        return
+    passed, failed, skipped = map(int, summary.groups())
+    tally.add(passed, failed, skipped)
+    tally.failures += [f"gpu: {name}" for name in re.findall(r"^FAILED (.*)$", output, re.MULTILINE)]
+    if code and not failed:
+        tally.fail(f"gpu: selftest ended with status {code}")
 
 
 def run_doc_tests(tally):

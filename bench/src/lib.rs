@@ -9,6 +9,8 @@
 //! * [`engine`]: prefill and decode speed of the native engine.
 //! * [`serve`]: load on any OpenAI-compatible server.
 //!
+//! [`selftest`] checks instead of measuring: `blockplane selftest gpu`.
+//!
 //! Only the launcher depends on this crate: it mounts [`BenchArgs`] and calls [`run`].
 
 pub mod engine;

@@ -13,7 +13,7 @@ use super::{
     sanitizer,
     stage::{self, Far},
     tensors,
-    world::{Outcome, Processes, World},
+    world::{Outcome, Processes, Way, World},
 };
 
 const WHERE: [(&str, Processes); 2] = [
@@ -68,9 +68,24 @@ pub(super) fn all() -> Vec<Check> {
                 }
                 let name = format!("copy/{where_}/{local}/{remote}");
                 checks.push(Check::new(name, 30, move |world, name| {
-                    copies::check(world, name, processes, (local, remote))
+                    copies::check(world, name, processes.into(), (local, remote))
                 }));
             }
+        }
+    }
+    for (where_, processes) in WHERE {
+        for (local, remote) in [
+            (Place::File(0), Place::File(1)),
+            (Place::Foreign(1), Place::Handle(0)),
+        ] {
+            let name = format!("copy/pulled/{where_}/{local}/{remote}");
+            let way = Way {
+                processes,
+                pull: true,
+            };
+            checks.push(Check::new(name, 30, move |world, name| {
+                copies::check(world, name, way, (local, remote))
+            }));
         }
     }
     for (where_, processes) in WHERE {
@@ -189,12 +204,7 @@ fn large_ones() -> Vec<Check> {
 /// What goes wrong, and how it ends.
 fn faults() -> Vec<Check> {
     let mut checks = Vec::new();
-    for place in [
-        Place::File(1),
-        Place::Handle(1),
-        Place::File(0),
-        Place::Pinned,
-    ] {
+    for place in [Place::File(1), Place::Handle(1), Place::Pinned] {
         for (what, op) in [("written-to", Op::Write), ("read-from", Op::Read)] {
             for (how, loss) in [("killed", Loss::Killed), ("stopped", Loss::Stopped)] {
                 let name = format!("fault/peer-{how}/{what}/{place}");
@@ -238,7 +248,7 @@ fn controls() -> Vec<Check> {
         checks.push(Check::new(
             format!("control/copy/{where_}"),
             30,
-            move |world, name| copies::check(world, name, processes, PLACES),
+            move |world, name| copies::check(world, name, processes.into(), PLACES),
         ));
         checks.push(Check::new(
             format!("control/rearrange/{where_}"),

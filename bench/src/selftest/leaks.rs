@@ -108,10 +108,11 @@ pub(super) fn rounds(world: &World, processes: Processes, times: usize) -> anyho
 
 fn round(pair: &mut Pair, places: &[Place], time: usize) -> anyhow::Result<()> {
     let name = format!("selftest-leaks-{}-{time}", std::process::id());
-    pair.me.start(&name, PEER_LOSS)?;
+    pair.me.start(&name, PEER_LOSS, false)?;
     pair.other.tell(Command::Start {
         name: format!("{name}-other"),
         peer_loss_ms: u64::try_from(PEER_LOSS.as_millis())?,
+        pull: false,
     })?;
     pair.peer = pair.me.agent()?.connect(&pair.other.describe()?, WAIT)?;
     for (key, &place) in (0..).zip(places) {

@@ -24,7 +24,11 @@ const PATIENCE: Duration = Duration::from_secs(20);
 #[serde(tag = "command", rename_all = "snake_case")]
 pub(super) enum Command {
     /// Start an agent; an earlier one goes.
-    Start { name: String, peer_loss_ms: u64 },
+    Start {
+        name: String,
+        peer_loss_ms: u64,
+        pull: bool,
+    },
     /// Make a region.
     Make {
         key: u32,

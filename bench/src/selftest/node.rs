@@ -55,9 +55,11 @@ impl Node {
 
     fn try_handle(&mut self, command: Command) -> anyhow::Result<Reply> {
         match command {
-            Command::Start { name, peer_loss_ms } => {
-                self.start(&name, Duration::from_millis(peer_loss_ms))?;
-            }
+            Command::Start {
+                name,
+                peer_loss_ms,
+                pull,
+            } => self.start(&name, Duration::from_millis(peer_loss_ms), pull)?,
             Command::Make { key, place, bytes } => {
                 self.make(key, place, bytes)?;
                 let region = self.region(key)?.id().0;
@@ -116,7 +118,12 @@ impl Node {
     }
 
     /// Starts an agent; an earlier one goes with its regions.
-    pub(super) fn start(&mut self, name: &str, peer_loss: Duration) -> anyhow::Result<()> {
+    pub(super) fn start(
+        &mut self,
+        name: &str,
+        peer_loss: Duration,
+        pull: bool,
+    ) -> anyhow::Result<()> {
         self.window = None;
         self.peer = None;
         let keys: Vec<_> = self.regions.keys().copied().collect();
@@ -128,6 +135,8 @@ impl Node {
         // Pinning and the first compilation count as preparing.
         config.connect_timeout = Duration::from_secs(10);
         config.cuda.kernels = self.kernels.clone();
+        config.cuda.peers_pull = pull;
+        config.cuda.pull_writes = pull;
         self.agent = Some(Agent::new(config)?);
         Ok(())
     }

@@ -29,7 +29,7 @@ pub(super) fn copies(world: &World, target: Place) -> anyhow::Result<Outcome> {
     for op in [Op::Write, Op::Read] {
         for (what, prepared) in prepare(&pair, region, op)? {
             for guarded in [false, true] {
-                for sms in [1, 3] {
+                for sms in [1, 4, 16] {
                     world
                         .teller
                         .doing(format!("{op:?}, {what}, {sms} SMs, guarded: {guarded}"));
@@ -135,6 +135,16 @@ fn prepare(pair: &Pair, region: RegionId, op: Op) -> anyhow::Result<Vec<(&'stati
                 op,
                 &layers(1, 2100, 1050, 1003),
                 &layers(3, 1003, 13001, 1003),
+            )?,
+        ),
+        (
+            "unaligned block sets, more than one CTA has room for",
+            blocks(
+                pair,
+                region,
+                op,
+                &layers(1, 10_100, 5050, 5003),
+                &layers(3, 5003, 61_001, 5003),
             )?,
         ),
     ];

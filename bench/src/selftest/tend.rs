@@ -27,7 +27,11 @@ use super::{
 /// Bound on starting the process, with the driver.
 const START: Duration = Duration::from_secs(60);
 /// Lines of the log that are shown with a failure.
-const LOG_LINES: usize = 40;
+const LOG_LINES: usize = 15;
+/// After so many failures in a row the rest of a group is left out: it would say the same.
+const FAILURES_IN_A_ROW: usize = 3;
+/// Time for all checks together, for machines on which most of them hang.
+const BUDGET: Duration = Duration::from_secs(300);
 
 /// Lists the checks, or runs them.
 pub(super) fn run(args: &GpuArgs) -> anyhow::Result<ExitCode> {
@@ -53,12 +57,37 @@ pub(super) fn run(args: &GpuArgs) -> anyhow::Result<ExitCode> {
     while !left.is_empty() {
         let done = Watched::start(args, left)?.watch(left, &mut shown)?;
         left = &left[done.min(left.len())..];
+        if shown.gives_up() {
+            let group = group(&shown.last);
+            let same = left
+                .iter()
+                .take_while(|check| self::group(&check.name) == group);
+            let count = same.count();
+            if count > 0 {
+                shown.left_out(&format!("{group}/..."), count, "those before it failed")?;
+            }
+            shown.in_a_row = 0;
+            left = &left[count..];
+        }
+        if !left.is_empty() && shown.began.elapsed() > BUDGET * args.patience {
+            let reason = "all checks together took too long";
+            let outcome = Outcome::Failed(format!("{} checks were not run: {reason}", left.len()));
+            shown.outcome("gpu", &outcome, shown.began.elapsed(), &[])?;
+            break;
+        }
         if shown.without_devices {
             let controls = left.iter().take_while(|check| check.control).count();
             left = &left[..controls];
         }
     }
     shown.summary()
+}
+
+/// The checks that a check belongs to: up to two parts of its name.
+fn group(name: &str) -> &str {
+    let mut ends = name.match_indices('/').map(|(at, _)| at);
+    let (first, second) = (ends.next(), ends.next());
+    second.or(first).map_or(name, |end| &name[..end])
 }
 
 /// What people or programs see.
@@ -72,6 +101,9 @@ struct Shown {
     failed: usize,
     skipped: usize,
     failures: Vec<String>,
+    /// The last check, and how many of its group have failed one after the other.
+    last: String,
+    in_a_row: usize,
     began: Instant,
 }
 
@@ -85,6 +117,8 @@ impl Shown {
             failed: 0,
             skipped: 0,
             failures: Vec::new(),
+            last: String::new(),
+            in_a_row: 0,
             began: Instant::now(),
         }
     }
@@ -131,6 +165,14 @@ impl Shown {
             }
             Outcome::Skipped(_) => self.skipped += 1,
         }
+        let failed = matches!(outcome, Outcome::Failed(_));
+        let same = group(name) == group(&self.last);
+        self.in_a_row = match (failed, same) {
+            (true, true) => self.in_a_row + 1,
+            (true, false) => 1,
+            (false, _) => 0,
+        };
+        name.clone_into(&mut self.last);
         let seconds = took.as_secs_f64();
         if self.json {
             let mut object = json!({
@@ -139,18 +181,37 @@ impl Shown {
                 "seconds": (seconds * 1000.0).round() / 1000.0,
                 "detail": detail,
             });
-            if self.failed > 0 && word == "failed" {
+            if failed {
                 object["log"] = json!(log);
             }
             return Self::line(&object.to_string());
         }
         Self::line(&format!("{mark}  {name:<48} {seconds:>6.2} s  {detail}"))?;
-        if word == "failed" {
+        if failed {
             for line in log {
                 Self::line(&format!("      | {line}"))?;
             }
         }
         Ok(())
+    }
+
+    /// Whether the rest of the last check's group is not worth its time.
+    const fn gives_up(&self) -> bool {
+        self.in_a_row >= FAILURES_IN_A_ROW
+    }
+
+    /// Checks that are not run.
+    fn left_out(&mut self, names: &str, count: usize, reason: &str) -> anyhow::Result<()> {
+        self.skipped += count;
+        if self.json {
+            let object = json!({
+                "check": names, "outcome": "skipped", "count": count, "detail": reason
+            });
+            return Self::line(&object.to_string());
+        }
+        Self::line(&format!(
+            "SKIP  {names:<48}           {count} checks: {reason}"
+        ))
     }
 
     fn summary(&self) -> anyhow::Result<ExitCode> {
@@ -297,7 +358,8 @@ impl Watched {
                     limit = START * self.patience;
                     let next = checks.get(done);
                     let over = |next: &Check| shown.without_devices && !next.control;
-                    if fresh || next.is_none_or(over) {
+                    let late = shown.began.elapsed() > BUDGET * self.patience;
+                    if fresh || late || shown.gives_up() || next.is_none_or(over) {
                         return Ok(done);
                     }
                     continue;
@@ -372,4 +434,35 @@ fn threads_of(group: u32) -> String {
         }
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_are_the_first_two_parts() {
+        assert_eq!(group("copy/one-process/pinned/plain"), "copy/one-process");
+        assert_eq!(group("leaks/one-process"), "leaks");
+        assert_eq!(group("idle"), "idle");
+    }
+
+    #[test]
+    fn three_failures_of_a_group_in_a_row_are_enough() {
+        let mut shown = Shown::new(true);
+        let mut say = |name: &str, outcome| {
+            let took = Duration::ZERO;
+            shown.outcome(name, &outcome, took, &[]).unwrap();
+            shown.gives_up()
+        };
+        let failed = || Outcome::Failed("why".to_owned());
+        assert!(!say("a/b/1", failed()));
+        assert!(!say("a/b/2", failed()));
+        assert!(!say("a/b/3", Outcome::Passed(String::new())));
+        assert!(!say("a/b/4", failed()));
+        assert!(!say("a/c/1", failed()));
+        assert!(!say("a/c/2", failed()));
+        assert!(say("a/c/3", failed()));
+        assert_eq!((shown.passed, shown.failed), (1, 6));
+    }
 }

@@ -88,6 +88,23 @@ pub(super) enum Processes {
     Two,
 }
 
+/// How the agents of a pair are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Way {
+    pub(super) processes: Processes,
+    /// The side that is written to does the work of a WRITE.
+    pub(super) pull: bool,
+}
+
+impl From<Processes> for Way {
+    fn from(processes: Processes) -> Self {
+        Self {
+            processes,
+            pull: false,
+        }
+    }
+}
+
 /// Everything that checks share.
 #[derive(Debug)]
 pub(super) struct World {
@@ -95,8 +112,7 @@ pub(super) struct World {
     pub(super) kernels: KernelConfig,
     pub(super) devices: Vec<CudaDevice>,
     pub(super) teller: Teller,
-    one: Option<Pair>,
-    two: Option<Pair>,
+    pairs: Vec<(Way, Pair)>,
 }
 
 impl World {
@@ -111,8 +127,7 @@ impl World {
             kernels,
             devices,
             teller,
-            one: None,
-            two: None,
+            pairs: Vec::new(),
         }
     }
 
@@ -124,23 +139,19 @@ impl World {
     }
 
     /// A connected pair that checks share until one of them fails.
-    pub(super) fn pair(&mut self, processes: Processes) -> anyhow::Result<&mut Pair> {
-        let place = match processes {
-            Processes::One => &self.one,
-            Processes::Two => &self.two,
+    pub(super) fn pair(&mut self, way: impl Into<Way>) -> anyhow::Result<&mut Pair> {
+        let way = way.into();
+        let known = self.pairs.iter().position(|(known, _)| *known == way);
+        let index = match known {
+            Some(index) => index,
+            None => {
+                let pair = self.make_pair(way, PEER_LOSS, &[])?;
+                self.pairs.push((way, pair));
+                self.pairs.len() - 1
+            }
         };
-        let made = match place {
-            Some(_) => None,
-            None => Some(self.fresh_pair(processes, PEER_LOSS, &[])?),
-        };
-        let place = match processes {
-            Processes::One => &mut self.one,
-            Processes::Two => &mut self.two,
-        };
-        if let Some(pair) = made {
-            *place = Some(pair);
-        }
-        place.as_mut().context("a pair that was just made")
+        let (_, pair) = self.pairs.get_mut(index).context("no such pair")?;
+        Ok(pair)
     }
 
     /// A pair of its own, for a check that breaks it.
@@ -150,17 +161,28 @@ impl World {
         peer_loss: Duration,
         variables: &[(&str, &str)],
     ) -> anyhow::Result<Pair> {
+        self.make_pair(processes.into(), peer_loss, variables)
+    }
+
+    fn make_pair(
+        &self,
+        Way { processes, pull }: Way,
+        peer_loss: Duration,
+        variables: &[(&str, &str)],
+    ) -> anyhow::Result<Pair> {
         self.teller.doing("start and connect two agents");
         let mut me = Node::new(self.kernels.clone());
         let (name, mut other) = match processes {
             Processes::One => ("one", Link::Here(Box::new(Node::new(self.kernels.clone())))),
             Processes::Two => ("two", Link::process(variables)?),
         };
-        let own = format!("selftest-{name}-{}", std::process::id());
-        me.start(&own, peer_loss)?;
+        let turn = if pull { "pull" } else { "push" };
+        let own = format!("selftest-{name}-{turn}-{}", std::process::id());
+        me.start(&own, peer_loss, pull)?;
         other.tell(Command::Start {
             name: format!("{own}-other"),
             peer_loss_ms: u64::try_from(peer_loss.as_millis())?,
+            pull,
         })?;
         let peer = me.agent()?.connect(&other.describe()?, WAIT)?;
         Ok(Pair { peer, me, other })
@@ -168,8 +190,7 @@ impl World {
 
     /// Forgets the pairs: one of them may be broken.
     pub(super) fn reset(&mut self) {
-        self.one = None;
-        self.two = None;
+        self.pairs.clear();
     }
 
     /// Whether every device still does a small transfer in this process.

@@ -1,6 +1,6 @@
 //! Libraries and devices that are opened at run time when they are there.
 
-use super::{Finding, Roots, Verdict, read};
+use super::{Finding, Roots, Verdict};
 
 /// Folders that the dynamic loader searches besides its cache.
 const FOLDERS: &[&str] = &[
@@ -37,37 +37,6 @@ fn find(roots: &Roots<'_>, prefix: &str) -> Option<String> {
         .position(|bytes| bytes == prefix.as_bytes())?;
     let end = cache[start..].iter().position(|&byte| byte == 0)? + start;
     Some(String::from_utf8_lossy(&cache[start..end]).into_owned())
-}
-
-pub(super) fn cuda(roots: &Roots<'_>) -> Finding {
-    let driver = find(roots, "libcuda.so");
-    let nvrtc = find(roots, "libnvrtc.so");
-    let gpus = (0..64)
-        .filter(|n| roots.dev.join(format!("nvidia{n}")).exists())
-        .count();
-    let version = read(roots.proc.join("driver/nvidia/version")).unwrap_or_default();
-    let version = version.lines().next().unwrap_or_default();
-    let there = driver.is_some() && gpus > 0;
-    let found = match (&driver, gpus) {
-        (None, 0) => "no driver library and no device".to_owned(),
-        (None, n) => format!("{n} device(s), but no libcuda.so"),
-        (Some(path), n) => {
-            let compiler = nvrtc.as_deref().unwrap_or("no libnvrtc.so");
-            format!("{n} device(s), {path}, {compiler}; {version}")
-        }
-    };
-    Finding {
-        name: "CUDA",
-        verdict: if there { Verdict::Ok } else { Verdict::Absent },
-        found,
-        used: "not by this version, which computes and copies on the CPU".to_owned(),
-        advice: if there {
-            String::new()
-        } else {
-            "nothing for CPU serving; for GPUs install the NVIDIA driver (container: --gpus all)"
-                .to_owned()
-        },
-    }
 }
 
 pub(super) fn ucx(roots: &Roots<'_>) -> Finding {

@@ -1,5 +1,6 @@
 //! `blockplane doctor`: what this machine offers, what is used of it, and what to do about the rest.
 
+mod cuda;
 mod host;
 mod libraries;
 
@@ -7,6 +8,7 @@ use std::{path::Path, process::ExitCode};
 
 use serde::Serialize;
 
+use self::cuda::Cuda;
 use crate::{cli::DoctorArgs, output};
 
 /// How good a finding is.
@@ -46,6 +48,8 @@ struct Roots<'a> {
     etc: &'a Path,
     library_path: String,
     temp: std::path::PathBuf,
+    /// What the CUDA driver of this process shows.
+    cuda: Cuda,
 }
 
 /// Runs the checks and prints them. The exit status is 0 unless nothing could be served here.
@@ -57,6 +61,7 @@ pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
         etc: Path::new("/etc"),
         library_path: library_path(),
         temp: std::env::temp_dir(),
+        cuda: Cuda::here(),
     };
     let findings = examine(&roots);
     if args.json {
@@ -99,11 +104,8 @@ fn examine(roots: &Roots<'_>) -> Vec<Finding> {
         host::temporary_directory(roots),
     ];
     findings.extend(host::disks(roots));
-    findings.extend([
-        libraries::cuda(roots),
-        libraries::ucx(roots),
-        libraries::verbs(roots),
-    ]);
+    findings.extend(cuda::findings(roots));
+    findings.extend([libraries::ucx(roots), libraries::verbs(roots)]);
     findings
 }
 
@@ -155,6 +157,7 @@ mod tests {
             etc: &etc,
             library_path: root.join("lib").display().to_string(),
             temp: root.to_path_buf(),
+            cuda: Cuda::none(),
         })
     }
 
@@ -203,8 +206,6 @@ mod tests {
             ("proc/sys/kernel/osrelease", "6.1.0-test"),
             ("proc/sys/kernel/yama/ptrace_scope", "1"),
             ("dev/nvidia0", ""),
-            ("lib/libcuda.so.1", ""),
-            ("lib/libnvrtc.so.13", ""),
             (
                 "proc/driver/nvidia/version",
                 "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.1  x",
@@ -218,7 +219,7 @@ mod tests {
         }
         assert_eq!(verdict(&findings, "process copies"), Verdict::Limited);
         for (name, expected) in [
-            ("CUDA", "580.1"),
+            ("CUDA", "1 device file(s)"),
             ("process copies", "ptrace_scope is 1"),
             ("RDMA verbs", "mlx5_0"),
             ("memory", "0.5 GiB available"),
@@ -242,6 +243,7 @@ mod tests {
             etc: root.path(),
             library_path: String::new(),
             temp: missing,
+            cuda: Cuda::none(),
         };
         assert_eq!(host::temporary_directory(&roots).verdict, Verdict::Broken);
     }

@@ -239,6 +239,7 @@ fn agent(args: &WorkerArgs, identity: &Identity) -> anyhow::Result<Agent> {
     }));
     let mut config = AgentConfig::new(identity.id.to_string()).with_lanes(lanes);
     config.tcp_bind = bind_address(&args.host)?;
+    config.cuda.kernels = crate::kernels::config();
     Agent::new(config).context("the transfer agent cannot be started")
 }
 

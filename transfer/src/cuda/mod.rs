@@ -21,6 +21,8 @@ mod pace;
 mod permute;
 mod pin;
 mod plan;
+#[cfg(test)]
+mod plan_tests;
 mod share;
 mod slots;
 mod staging;

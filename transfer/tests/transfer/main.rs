@@ -9,6 +9,7 @@
     reason = "a failed unwrap is a failed test, and sizes here are small"
 )]
 
+mod device;
 mod faults;
 mod meeting;
 mod memory;
