@@ -297,9 +297,14 @@ impl Link {
             Way::Thread(commands, _) => commands.send(command).ok().context("the peer is gone"),
             Way::Process(child, _) => {
                 let input = child.stdin.as_mut().context("the child has no input")?;
-                serde_json::to_writer(&mut *input, &command)?;
-                input.write_all(b"\n")?;
-                input.flush().context("the peer process is gone")
+                let line = serde_json::to_vec(&command)?;
+                let sent = input
+                    .write_all(&line)
+                    .and_then(|()| input.write_all(b"\n"))
+                    .and_then(|()| input.flush());
+                sent.with_context(|| {
+                    format!("{} is gone, before '{}'", self.label, self.asked.get())
+                })
             }
         }
     }
