@@ -239,26 +239,9 @@ struct Mapped {
 
 impl Mapped {
     fn create(device: &'static Device, bytes: usize) -> Result<Self, CudaError> {
-        let properties = sys::CUmemAllocationProp {
-            type_: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
-            requestedHandleTypes: HandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
-            location: on_device(device.ordinal()),
-            win32HandleMetaData: std::ptr::null_mut(),
-            allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 {
-                compressionType: 0,
-                gpuDirectRDMACapable: 0,
-                usage: 0,
-                reserved: [0; 4],
-            },
-        };
-        let flag = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_RECOMMENDED;
+        let properties = shareable(device.ordinal());
         let _entered = device.enter()?;
-        let mut granule = 0usize;
-        // SAFETY: writes one integer.
-        check("ask for the unit of device memory", unsafe {
-            sys::cuMemGetAllocationGranularity(&raw mut granule, &raw const properties, flag)
-        })?;
-        let bytes = bytes.next_multiple_of(granule.max(1));
+        let bytes = whole_units(&properties, bytes)?;
         let mut handle = 0;
         // SAFETY: writes one handle.
         check("allocate device memory", unsafe {
@@ -284,7 +267,9 @@ impl Mapped {
         check("import the peer's device memory", unsafe {
             sys::cuMemImportFromShareableHandle(&raw mut handle, descriptor, kind)
         })?;
+        // What the peer allocated: its region is as long as it asked for.
         let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+        let bytes = whole_units(&shareable(owner.ordinal), bytes)?;
         Self::map(owner, handle, bytes)
     }
 
@@ -338,6 +323,33 @@ impl Mapped {
         // SAFETY: a fresh descriptor that nobody else has.
         Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
     }
+}
+
+/// Memory of a device that a file descriptor can stand for.
+fn shareable(ordinal: u32) -> sys::CUmemAllocationProp {
+    sys::CUmemAllocationProp {
+        type_: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
+        requestedHandleTypes: HandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+        location: on_device(ordinal),
+        win32HandleMetaData: std::ptr::null_mut(),
+        allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 {
+            compressionType: 0,
+            gpuDirectRDMACapable: 0,
+            usage: 0,
+            reserved: [0; 4],
+        },
+    }
+}
+
+/// A length in the unit that such memory comes in.
+fn whole_units(properties: &sys::CUmemAllocationProp, bytes: usize) -> Result<usize, CudaError> {
+    let flag = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_RECOMMENDED;
+    let mut unit = 0usize;
+    // SAFETY: writes one integer.
+    check("ask for the unit of device memory", unsafe {
+        sys::cuMemGetAllocationGranularity(&raw mut unit, std::ptr::from_ref(properties), flag)
+    })?;
+    Ok(bytes.checked_next_multiple_of(unit.max(1)).unwrap_or(bytes))
 }
 
 fn on_device(ordinal: u32) -> sys::CUmemLocation {

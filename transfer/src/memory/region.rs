@@ -444,12 +444,13 @@ impl Registration {
         self.region().id
     }
 
-    /// Ends the registration and waits until nothing uses the memory any more: no transfer of this
-    /// agent, and no peer that copies into or out of it through the kernel. After `Ok`, memory that
+    /// Ends the registration and waits until nothing uses the memory any more: no transfer or prepared
+    /// operation of this agent, no peer that copies into or out of it through the kernel, and none that
+    /// has device memory open by handle. After `Ok`, memory that
     /// was registered with [`HostMemory::from_raw`] may be freed.
     ///
     /// # Errors
-    /// Something still uses it: another clone of the registration, a transfer, or a peer that
+    /// Something still uses it: another clone of the registration, a prepared operation, a transfer, or a peer that
     /// neither answers nor is dead. The memory must stay; wait again with [`RegionBusy::wait`].
     pub fn close(self, timeout: Duration) -> Result<(), RegionBusy> {
         let busy = RegionBusy {
