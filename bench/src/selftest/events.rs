@@ -191,7 +191,7 @@ pub(super) fn order(world: &World, target: Place) -> anyhow::Result<Outcome> {
     if let Some(text) = super::case::difference(&expected, &scene.target()?, &[]) {
         anyhow::bail!("after the event: {text}");
     }
-    drop(posted);
+    drop((posted, aside));
     stream.wait()?;
     scene.end()?;
     let peers = if second { "" } else { ", one device only" };
@@ -227,6 +227,7 @@ pub(super) fn after_work(world: &World) -> anyhow::Result<Outcome> {
             anyhow::bail!("round {round}: {text}");
         }
     }
+    drop(whole);
     scene.end()?;
     Ok(Outcome::Passed("5 kernels".to_owned()))
 }
@@ -307,6 +308,7 @@ pub(super) fn never(world: &World, target: Place) -> anyhow::Result<Outcome> {
     if let Some(text) = super::case::difference(&other, &scene.target()?, &[]) {
         anyhow::bail!("after the event: {text}");
     }
+    drop((late, whole));
     scene.end()?;
     Ok(Outcome::Passed("deadline, cancel, drop".to_owned()))
 }

@@ -271,6 +271,7 @@ pub(super) fn closed_under(
 ) -> anyhow::Result<Outcome> {
     const BYTES: usize = 64 << 20;
     const TIMES: usize = 20;
+    const IN_FLIGHT: usize = 4;
     let last = local.device().max(remote.device());
     if let Some(skipped) = world.lacks(last.map_or(0, |device| device + 1)) {
         return Ok(skipped);
@@ -283,9 +284,11 @@ pub(super) fn closed_under(
         pair.me.make(SOURCE, local, BYTES)?;
         let region = RegionId(pair.other.make(TARGET, remote, BYTES)?);
         let Pair { peer, me, other } = &mut pair;
-        let transfers: Vec<_> = (0..4)
-            .map(|_| slow(me, peer, region, BYTES))
-            .collect::<anyhow::Result<_>>()?;
+        // Handles would keep the regions.
+        let queue = me.agent()?.completion_queue(IN_FLIGHT)?;
+        for token in 0..IN_FLIGHT {
+            slow(me, peer, region, BYTES, (&queue, token as u64))?;
+        }
         // The owner of either side first.
         if time.is_multiple_of(2) {
             me.remove(SOURCE).context("the source")?;
@@ -298,8 +301,8 @@ pub(super) fn closed_under(
                 .context("the target")?;
             me.remove(SOURCE).context("the source")?;
         }
-        for transfer in transfers {
-            match transfer.wait(WAIT) {
+        for _ in 0..IN_FLIGHT {
+            match queue.wait_timeout(WAIT).context("nothing ended")?.outcome {
                 Ok(()) => whole += 1,
                 // The owner took it away.
                 Err(TransferError::Rejected(_) | TransferError::Inaccessible { .. }) => {}
@@ -309,12 +312,18 @@ pub(super) fn closed_under(
     }
     Ok(Outcome::Passed(format!(
         "{whole} of {} transfers ended well",
-        4 * TIMES
+        IN_FLIGHT * TIMES
     )))
 }
 
 /// A WRITE of everything on one multiprocessor.
-fn slow(node: &Node, peer: &Peer, region: RegionId, bytes: usize) -> anyhow::Result<Transfer> {
+fn slow(
+    node: &Node,
+    peer: &Peer,
+    region: RegionId,
+    bytes: usize,
+    (queue, token): (&CompletionQueue, u64),
+) -> anyhow::Result<()> {
     let blocks = u32::try_from(bytes / 65536)?;
     let layout = BlockLayout::contiguous(blocks, 65536);
     let ids: std::sync::Arc<[u32]> = (0..blocks).rev().collect();
@@ -334,5 +343,7 @@ fn slow(node: &Node, peer: &Peer, region: RegionId, bytes: usize) -> anyhow::Res
         window: None,
     };
     let prepared = node.agent()?.prepare(Op::Write, local, remote)?;
-    Ok(prepared.post(PostOptions::within(WAIT).sms(1))?)
+    let options = PostOptions::within(WAIT).sms(1);
+    prepared.post(options.complete_to(queue, token))?.detach();
+    Ok(())
 }

@@ -73,9 +73,10 @@ pub(super) fn check(
     teller.doing(format!("{} transfers", load.count));
     let answers = pair.me.agent()?.notifications();
     if let Err(error) = send_all(pair, &answers, region, load, &mut random) {
-        // What the other side says is more to the point.
-        pair.other.other()?.answer(Duration::from_secs(1))?;
-        return Err(error);
+        // What the other side says is more to the point, if it says anything.
+        let said = pair.other.other()?.answer(Duration::from_secs(1));
+        let said = said.map_or_else(|error| format!("{error:#}"), |reply| format!("{reply:?}"));
+        return Err(error.context(said));
     }
     pair.other.other()?.answer(ANSWER)?;
     teller.doing("close regions");

@@ -51,6 +51,7 @@ pub(super) fn copies(world: &World, target: Place) -> anyhow::Result<Outcome> {
     prepared
         .post(PostOptions::within(6 * WAIT))?
         .wait(6 * WAIT)?;
+    drop(prepared);
     ensure!(
         pair.other.digest(TARGET)? == super::random::digest(&source),
         "other bytes arrived"

@@ -234,6 +234,8 @@ impl World {
             },
         )?;
         prepared.post(PostOptions::within(WAIT))?.wait(WAIT)?;
+        // It keeps the regions.
+        drop(prepared);
         ensure!(
             other.digest(0)? == super::random::digest(&source),
             "a plain transfer brings other bytes"
