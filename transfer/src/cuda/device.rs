@@ -68,13 +68,20 @@ impl fmt::Debug for Device {
 }
 
 /// The context of a device is current on this thread until this is dropped; then the one before is.
+///
+/// On a thread that had none it stays current, as it would after a call of the CUDA runtime: the next
+/// entry costs nothing.
 pub(super) struct Entered<'a> {
+    pushed: bool,
     device: PhantomData<&'a Device>,
     thread: PhantomData<*const ()>,
 }
 
 impl Drop for Entered<'_> {
     fn drop(&mut self) {
+        if !self.pushed {
+            return;
+        }
         let mut popped = std::ptr::null_mut();
         // SAFETY: pops what `Device::enter` pushed on this thread.
         let popped = check("leave the context", unsafe {
@@ -165,11 +172,25 @@ impl Device {
         if let Some(error) = self.lost.get() {
             return Err(error.clone());
         }
-        // SAFETY: a context that is retained until the process ends.
-        check("enter the context", unsafe {
-            sys::cuCtxPushCurrent_v2(self.context)
+        let mut current = std::ptr::null_mut();
+        // SAFETY: writes one handle.
+        check("ask for the current context", unsafe {
+            sys::cuCtxGetCurrent(&raw mut current)
         })?;
+        let pushed = !current.is_null() && current != self.context;
+        if pushed {
+            // SAFETY: a context that is retained until the process ends.
+            check("enter the context", unsafe {
+                sys::cuCtxPushCurrent_v2(self.context)
+            })?;
+        } else if current.is_null() {
+            // SAFETY: as above.
+            check("enter the context", unsafe {
+                sys::cuCtxSetCurrent(self.context)
+            })?;
+        }
         Ok(Entered {
+            pushed,
             device: PhantomData,
             thread: PhantomData,
         })

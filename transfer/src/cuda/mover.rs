@@ -315,15 +315,24 @@ impl Mover {
                 continue;
             }
             let mut over = flights.is_empty();
-            for flight in &flights {
-                over |= flight.settle();
+            let mut rest = None;
+            // Posting threads want the lock: many looks for each time that it is taken.
+            for _ in 0..LOOKS {
+                for flight in &flights {
+                    over |= flight.settle();
+                }
+                rest = nap(&flights, self.config.spin);
+                let posted = self.posted.load(Ordering::Acquire) != posted;
+                if over || posted || rest.is_some() {
+                    break;
+                }
+                std::hint::spin_loop();
             }
-            let nap = nap(&flights, self.config.spin);
             drop(flights);
             if over {
                 self.clear_away();
             }
-            match nap {
+            match rest {
                 Some(nap) if !over => self.sleep(posted, Some(nap)),
                 Some(_) | None => std::thread::yield_now(),
             }
