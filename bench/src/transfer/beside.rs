@@ -4,7 +4,7 @@ use std::{
     path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, ensure};
@@ -73,7 +73,11 @@ pub(super) fn run(
     let (_, product) = kept.insert((beside.device, product));
     let alone = Duration::from_millis(beside.alone_millis);
     let (product_alone, ()) = during(product, || {
-        thread::park_timeout(alone);
+        // A wake-up that the end of an earlier scope has left over ends one park at once.
+        let until = Instant::now() + alone;
+        while let Some(left) = until.checked_duration_since(Instant::now()) {
+            thread::park_timeout(left);
+        }
         Ok(())
     })?;
     let transfer_alone = job::run(node, &beside.job)?;
