@@ -46,6 +46,13 @@ pub enum Prepared {
     No,
 }
 
+/// Block sizes that are measured when none are named.
+const BLOCK_BYTES: [u32; 5] = [4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20];
+/// Blocks of a transfer, likewise.
+const COUNTS: [u32; 3] = [1, 16, 128];
+/// Block sizes for files.
+const FILE_BLOCK_BYTES: [u32; 3] = [4 << 10, 64 << 10, 1 << 20];
+
 /// What `--help` ends with.
 const EXAMPLES: &str = "\
 Examples:
@@ -118,11 +125,10 @@ pub struct TransferArgs {
         help_heading = "Blocks"
     )]
     pub ops: Vec<OpName>,
-    /// Block sizes.
+    /// Block sizes [default: 4k,16k,64k,256k,1m; to a file 4k,64k,1m].
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "4k,16k,64k,256k,1m",
         value_name = "SIZES",
         help_heading = "Blocks"
     )]
@@ -144,13 +150,8 @@ pub struct TransferArgs {
         help_heading = "Blocks"
     )]
     pub max_block_bytes: Option<Size>,
-    /// Blocks of one transfer.
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "1,16,128",
-        help_heading = "Blocks"
-    )]
+    /// Blocks of one transfer [default: 1,16,128; to a file 64, and 16 of 1m].
+    #[arg(long, value_delimiter = ',', value_name = "N", help_heading = "Blocks")]
     pub counts: Vec<u32>,
     /// Smallest of a range of counts, each twice the one before, instead of a list.
     #[arg(
@@ -325,6 +326,8 @@ pub(super) struct Effective {
     pub(super) sections: Vec<Section>,
     pub(super) model: Option<Model>,
     pub(super) settings: Settings,
+    /// Block sizes and blocks of a transfer, for files.
+    pub(super) file_cases: Vec<(u32, u32)>,
     /// Where kernels are compiled and kept.
     pub(super) kernels: KernelConfig,
 }
@@ -365,6 +368,13 @@ impl TransferArgs {
             );
             args.counts = doublings(start, max).collect();
         }
+        let file_cases = args.file_cases();
+        if args.block_bytes.is_empty() {
+            args.block_bytes = BLOCK_BYTES.map(Size).to_vec();
+        }
+        if args.counts.is_empty() {
+            args.counts = COUNTS.to_vec();
+        }
         if args.quick {
             args.quicken();
         }
@@ -397,11 +407,29 @@ impl TransferArgs {
                     spin_us: args.spin_us,
                 },
             },
+            file_cases,
             args,
             topology,
             sections,
             model,
         })
+    }
+
+    /// What is measured with a file: what the options say, and fio's usual cases where they say nothing.
+    fn file_cases(&self) -> Vec<(u32, u32)> {
+        let usual = |bytes: u32| if bytes < 1 << 20 { 64 } else { 16 };
+        let sizes = match &self.block_bytes[..] {
+            [] => FILE_BLOCK_BYTES.to_vec(),
+            some => some.iter().map(|&Size(bytes)| bytes).collect(),
+        };
+        let mut cases = Vec::new();
+        for bytes in sizes {
+            match &self.counts[..] {
+                [] => cases.push((bytes, usual(bytes))),
+                some => cases.extend(some.iter().map(|&count| (bytes, count))),
+            }
+        }
+        cases
     }
 
     fn model(&self) -> anyhow::Result<Option<Model>> {
@@ -672,5 +700,29 @@ mod tests {
         assert_eq!(doublings(1, 1).collect::<Vec<_>>(), [1]);
         let top = doublings(1 << 30, u32::MAX).collect::<Vec<_>>();
         assert_eq!(top, [1 << 30, 1 << 31]);
+    }
+
+    #[test]
+    fn files_are_measured_with_what_the_options_say() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: TransferArgs,
+        }
+        let cases = |options: &[&str]| {
+            let line = ["bench"].iter().chain(options);
+            <Line as clap::Parser>::try_parse_from(line)
+                .unwrap()
+                .args
+                .file_cases()
+        };
+        assert_eq!(cases(&[]), [(4096, 64), (65536, 64), (1 << 20, 16)]);
+        assert_eq!(
+            cases(&["--block-bytes", "64k,2m"]),
+            [(65536, 64), (2 << 20, 16)]
+        );
+        let both = ["--block-bytes", "8k,1m", "--counts", "3,32"];
+        let all = [(8192, 3), (8192, 32), (1 << 20, 3), (1 << 20, 32)];
+        assert_eq!(cases(&both), all);
     }
 }

@@ -39,9 +39,6 @@ use crate::report::{Record, Report, Samples, Table, case};
 /// Longer than any transfer takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Block sizes and requests in flight of the comparison.
-const CASES: [(u32, u32); 3] = [(4 << 10, 64), (64 << 10, 64), (1 << 20, 16)];
-
 /// Transfers in flight; each has as many blocks as the device gets requests.
 const TRANSFERS: usize = 3;
 
@@ -76,7 +73,7 @@ pub(super) fn run<W: Write>(
         "runs",
     ]);
     let mut described = false;
-    for (block_bytes, in_flight) in CASES {
+    for &(block_bytes, in_flight) in &effective.file_cases {
         let mut ours = Ours::open(&file.path, bytes, block_bytes, in_flight, effective)?;
         if !described {
             report.note(&format!(
@@ -193,6 +190,11 @@ impl Ours {
         effective: &Effective,
     ) -> anyhow::Result<Self> {
         let seed = effective.args.seed;
+        let in_flight = u64::from(block_bytes) * u64::from(count) * TRANSFERS as u64;
+        ensure!(
+            in_flight <= bytes,
+            "{TRANSFERS} transfers of {count} blocks of {block_bytes} bytes at a time do not fit a file of {bytes} bytes; accepted: smaller --block-bytes or --counts"
+        );
         let mut config = node::config("bench-file", &effective.settings, &effective.kernels);
         config.storage.file_queue_depth = count;
         let agent = Agent::new(config)?;
