@@ -364,7 +364,7 @@ pub struct ArenaConfig {
     /// What peers may do. Default [`RemoteAccess::Open`].
     pub access: RemoteAccess,
     /// Whether the memory is pinned for GPUs at once, and near which. Default none: it is pinned when a
-    /// transfer with device memory first names it, which then takes about 0.2 s per GiB.
+    /// transfer with device memory first names it, which then takes about 0.3 s per GiB.
     pub pin: Option<PinConfig>,
 }
 

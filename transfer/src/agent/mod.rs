@@ -111,7 +111,7 @@ impl Agent {
 
     /// Allocates an arena of device memory, filled with zeros: other devices of this process and peers
     /// on this host reach it at the speed of the link between devices. The first region on a device
-    /// opens the device: its context takes a few hundred MB there until the process ends, unless
+    /// opens the device: its context takes memory there until the process ends, unless
     /// something else in the process has one already.
     ///
     /// # Errors

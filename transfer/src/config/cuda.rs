@@ -26,7 +26,7 @@ pub struct CudaConfig {
     /// Contiguous pieces of at least this size go to the copy engines, which occupy no
     /// multiprocessor, if a transfer has no more than `engine_pieces_max` of them. Default 16 MiB.
     pub engine_bytes_min: u64,
-    /// Most pieces that a transfer gives to the copy engines: each is a call of the driver (2 to 3 us
+    /// Most pieces that a transfer gives to the copy engines: each is a call of the driver (some us
     /// of the posting thread). Default 8; 0 leaves everything to kernels.
     pub engine_pieces_max: u32,
     /// Whether peers on this host may run the copy of a WRITE on this agent's devices, pulling

@@ -41,7 +41,7 @@ pub struct CudaReport {
     pub devices: Vec<CudaDevice>,
 }
 
-/// Looks for CUDA and starts its driver: about 0.1 to 1 s the first time, nothing later. Makes no
+/// Looks for CUDA and starts its driver, which takes a while the first time and nothing later. Makes no
 /// context and takes no memory on any device.
 ///
 /// # Errors

@@ -1,7 +1,7 @@
 //! Pinned host memory: locked in place and known to the devices, so that their kernels and copy
 //! engines move its bytes at the speed of the bus.
 //!
-//! Pinning costs about as much as writing the memory once. It is done in chunks by several threads, near the
+//! Pinning touches every page. It is done in chunks by several threads, near the
 //! device, and whoever needs only the first chunks need not wait for the last.
 
 use std::ffi::c_void;
