@@ -13,6 +13,7 @@
 //!
 //! Only the launcher depends on this crate: it mounts [`BenchArgs`] and calls [`run`].
 
+mod child;
 pub mod engine;
 mod gpu;
 pub mod report;

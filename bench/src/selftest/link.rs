@@ -1,11 +1,10 @@
 //! The other side of a check: what it is told, what it answers, and how both travel.
 
 use std::{
-    io::{BufRead, BufReader, Write},
+    io::Write,
     path::PathBuf,
-    process::{Child, Command as Program, Stdio},
-    sync::mpsc::{Receiver, RecvTimeoutError, sync_channel},
-    thread,
+    process::Child,
+    sync::mpsc::{Receiver, RecvTimeoutError},
     time::Duration,
 };
 
@@ -15,6 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
 use super::{node::Node, place::Place};
+use crate::child;
 
 /// Bound on every answer.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -103,28 +103,7 @@ pub(super) struct Other {
 impl Link {
     /// Starts this program again, with other variables in its environment.
     pub(super) fn process(variables: &[(&str, &str)]) -> anyhow::Result<Self> {
-        let program = std::env::current_exe().context("the path of this program is not known")?;
-        let mut child = Program::new(&program)
-            .args(["selftest", "gpu-node"])
-            .envs(variables.iter().copied())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("cannot start {}", program.display()))?;
-        let output = child.stdout.take().context("the child has no output")?;
-        let (sender, replies) = sync_channel(1);
-        thread::Builder::new()
-            .name("selftest-replies".to_owned())
-            .spawn(move || {
-                for line in BufReader::new(output).lines() {
-                    let reply = line
-                        .map_err(anyhow::Error::from)
-                        .and_then(|line| Ok(serde_json::from_str(&line)?));
-                    if sender.send(reply).is_err() {
-                        return;
-                    }
-                }
-            })?;
+        let (child, replies) = child::start(&["selftest", "gpu-node"], variables)?;
         Ok(Self::Process(Other { child, replies }))
     }
 

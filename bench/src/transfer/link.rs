@@ -2,8 +2,8 @@
 
 use std::{
     cell::{Cell, RefCell},
-    io::{self, BufRead, BufReader, Write},
-    process::{Child, Stdio},
+    io::{self, BufRead, Write},
+    process::Child,
     rc::Rc,
     sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     thread,
@@ -22,6 +22,7 @@ use super::{
     node::Node,
     ping::Pings,
 };
+use crate::child;
 
 /// Bound on every answer of another process and on every transfer.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
@@ -238,27 +239,7 @@ impl Link {
 
     /// Starts this program again.
     pub(super) fn process() -> anyhow::Result<Self> {
-        let program = std::env::current_exe().context("the path of this program is not known")?;
-        let mut child = std::process::Command::new(&program)
-            .args(["bench", "transfer-peer"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("cannot start {}", program.display()))?;
-        let output = child.stdout.take().context("the child has no output")?;
-        let (sender, replies) = sync_channel(1);
-        thread::Builder::new()
-            .name("bench-replies".to_owned())
-            .spawn(move || {
-                for line in BufReader::new(output).lines() {
-                    let reply = line
-                        .map_err(anyhow::Error::from)
-                        .and_then(|line| Ok(serde_json::from_str(&line)?));
-                    if sender.send(reply).is_err() {
-                        return;
-                    }
-                }
-            })?;
+        let (child, replies) = child::start(&["bench", "transfer-peer"], &[])?;
         Ok(Self::new(Way::Process(child, replies)))
     }
 
