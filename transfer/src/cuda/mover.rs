@@ -382,6 +382,7 @@ impl Mover {
         state.stopped = true;
         let waiting = std::mem::take(&mut state.waiting);
         self.posted.fetch_add(1, Ordering::Release);
+        drop(state);
         self.changed.notify_all();
         for (transfer, _) in waiting {
             transfer.part_done();
