@@ -8,7 +8,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -195,7 +195,8 @@ fn numbers(count: usize, seed: u64) -> Vec<Bf16> {
 
 /// Makes cuBLASLt known to the loader, or says where it was looked for.
 fn open(folder: Option<&Path>) -> anyhow::Result<()> {
-    static KEPT: OnceLock<libloading::Library> = OnceLock::new();
+    // Found by its name for as long as it is open.
+    static KEPT: Mutex<Vec<libloading::Library>> = Mutex::new(Vec::new());
     const NAMES: [&str; 2] = ["libcublasLt.so.13", "libcublasLt.so.12"];
     // SAFETY: opening the library runs its initialisers, as for every program that links it.
     if folder.is_none() && unsafe { sys::is_culib_present() } {
@@ -215,8 +216,9 @@ fn open(folder: Option<&Path>) -> anyhow::Result<()> {
             // SAFETY: as above.
             match unsafe { libloading::Library::new(&path) } {
                 Ok(library) => {
-                    // Found by its name for as long as it is open.
-                    let _ = KEPT.set(library);
+                    KEPT.lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .push(library);
                     // SAFETY: as above.
                     if unsafe { sys::is_culib_present() } {
                         return Ok(());

@@ -87,15 +87,16 @@ impl StagedWork {
     }
 
     /// The pairs of sets of a part, each with its place in the slot.
-    fn cut<'a>(
+    fn cut(
         &self,
-        sets: &'a [SetPair],
+        sets: &[SetPair],
         starts: &[u64],
         bytes: u64,
         part: u32,
         slot: u32,
-        mut each: impl FnMut(&'a SetPair, [BlockSet; 3]),
-    ) {
+        pair: impl Fn(&SetPair, [BlockSet; 3]) -> SetPair,
+    ) -> Vec<SetPair> {
+        let mut out = Vec::new();
         let range = part_range(bytes, self.chunk_bytes, part.into());
         let mut at = u64::from(slot) * self.memory.slot_bytes;
         let first = starts.partition_point(|start| *start <= range.start) - 1;
@@ -108,9 +109,10 @@ impl StagedWork {
             for cut in cuts(&set.local, set.order, from..to) {
                 let packed = cut.packed(set.order, at);
                 at += cut.bytes();
-                each(set, [cut.of(&set.local), packed, cut.of(&set.remote)]);
+                out.push(pair(set, [cut.of(&set.local), packed, cut.of(&set.remote)]));
             }
         }
+        out
     }
 
     /// Between device memory and a slot.
@@ -122,24 +124,14 @@ impl StagedWork {
         part: u32,
         slot: u32,
     ) -> Vec<SetPair> {
-        let mut out = Vec::new();
-        self.cut(
-            sets,
-            starts,
-            bytes,
-            part,
-            slot,
-            |set, [local, packed, _]| {
-                out.push(SetPair {
-                    local_region: set.local_region.clone(),
-                    local,
-                    remote_region: self.memory.beside.clone(),
-                    remote: packed,
-                    order: set.order,
-                });
-            },
-        );
-        out
+        let pair = |set: &SetPair, [local, packed, _]: [BlockSet; 3]| SetPair {
+            local_region: set.local_region.clone(),
+            local,
+            remote_region: self.memory.beside.clone(),
+            remote: packed,
+            order: set.order,
+        };
+        self.cut(sets, starts, bytes, part, slot, pair)
     }
 
     /// Between a slot and the far side.
@@ -151,24 +143,14 @@ impl StagedWork {
         part: u32,
         slot: u32,
     ) -> Vec<SetPair> {
-        let mut out = Vec::new();
-        self.cut(
-            sets,
-            starts,
-            bytes,
-            part,
-            slot,
-            |set, [_, packed, remote]| {
-                out.push(SetPair {
-                    local_region: self.memory.region.clone(),
-                    local: packed,
-                    remote_region: set.remote_region.clone(),
-                    remote,
-                    order: set.order,
-                });
-            },
-        );
-        out
+        let pair = |set: &SetPair, [_, packed, remote]: [BlockSet; 3]| SetPair {
+            local_region: self.memory.region.clone(),
+            local: packed,
+            remote_region: set.remote_region.clone(),
+            remote,
+            order: set.order,
+        };
+        self.cut(sets, starts, bytes, part, slot, pair)
     }
 
     /// What a half of a part does, and the session that it is posted to; whether a device does it.

@@ -1,7 +1,8 @@
 //! The checks and sums that operations on files and on objects share.
 
+use crate::config::Lane;
 use crate::error::PrepareError;
-use crate::op::{Op, SETS_MAX, SetPair, check_overlap, check_set};
+use crate::op::{Op, Path, Plan, SETS_MAX, SetPair, Work, check_overlap, check_set};
 use crate::plan::segment_count;
 
 /// What an operation comes to.
@@ -13,6 +14,39 @@ pub(super) struct Measured {
     pub(super) runs: u64,
     /// Pieces that are contiguous on both sides.
     pub(super) pieces: u64,
+}
+
+impl Measured {
+    /// The operation on `sets` that takes `path` in so many parts.
+    pub(super) fn work(
+        self,
+        op: Op,
+        sets: Vec<SetPair>,
+        lane: Lane,
+        (path, parts): (Path, u32),
+        reason: String,
+    ) -> Work {
+        let plan = Plan {
+            op,
+            bytes: self.bytes,
+            runs: self.runs,
+            pieces: self.pieces,
+            sets: sets.len(),
+            parts,
+            lane,
+            reason,
+        };
+        Work {
+            op,
+            sets,
+            tensors: Vec::new(),
+            starts: self.starts,
+            path,
+            parts,
+            grant: None,
+            plan,
+        }
+    }
 }
 
 pub(super) fn measure(op: Op, sets: &[SetPair]) -> Result<Measured, PrepareError> {

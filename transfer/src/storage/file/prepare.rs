@@ -133,31 +133,10 @@ fn finish(
         durable,
     };
     let parts = work.requests() + u32::from(durable);
-    let plan = Plan {
-        op,
-        bytes: measured.bytes,
-        runs: measured.runs,
-        pieces: measured.pieces,
-        sets: sets.len(),
-        parts,
-        lane: Lane::File,
-        reason: reason(file, &summary, rules.direct.is_some(), durable),
-    };
-    let work = Work {
-        op,
-        starts: measured.starts,
-        sets,
-        tensors: Vec::new(),
-        path: Path::File(Arc::new(work)),
-        parts,
-        grant: None,
-        plan,
-    };
-    Ok(Prepared::new(
-        core.clone(),
-        file.session.clone(),
-        Arc::new(work),
-    ))
+    let reason = reason(file, &summary, rules.direct.is_some(), durable);
+    let path = (Path::File(Arc::new(work)), parts);
+    let work = measured.work(op, sets, Lane::File, path, reason);
+    Ok(file.prepared(core, work))
 }
 
 /// Device memory: the requests are made part by part, for staging memory.
@@ -189,28 +168,15 @@ fn finish_staged(
         reason.push_str("; then fdatasync");
     }
     let parts = work.parts();
-    let plan = Plan {
-        op,
-        bytes: measured.bytes,
-        runs: measured.runs,
-        pieces: measured.pieces,
-        sets: sets.len(),
-        parts,
-        lane: Lane::File,
-        reason,
-    };
-    let work = Work {
-        op,
-        starts: measured.starts,
-        sets,
-        tensors: Vec::new(),
-        path: Path::Staged(Arc::new(work)),
-        parts,
-        grant: None,
-        plan,
-    };
-    let session = file.session.clone();
-    Ok(Prepared::new(core.clone(), session, Arc::new(work)))
+    let path = (Path::Staged(Arc::new(work)), parts);
+    let work = measured.work(op, sets, Lane::File, path, reason);
+    Ok(file.prepared(core, work))
+}
+
+impl FileStore {
+    fn prepared(&self, core: &Arc<Core>, work: Work) -> Prepared {
+        Prepared::new(core.clone(), self.session.clone(), Arc::new(work))
+    }
 }
 
 /// The file of a staged operation.

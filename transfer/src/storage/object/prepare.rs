@@ -8,7 +8,7 @@ use crate::agent::{Core, RemoteMemory, RemoteRegion};
 use crate::config::{Lane, RemoteAccess};
 use crate::error::{PrepareError, Side};
 use crate::memory::RegionId;
-use crate::op::{LocalBlocks, Op, Path, Plan, Prepared, SetPair, Work, own_region};
+use crate::op::{LocalBlocks, Op, Path, Prepared, SetPair, own_region};
 use crate::plan::{BlockIds, BlockLayout, BlockSet, IDS_MAX, Order};
 use crate::stage::{Far, Staged};
 use crate::storage::measure::measure;
@@ -141,7 +141,7 @@ pub(crate) fn prepare_objects(
         part_bytes,
     });
     let sets = vec![set];
-    let (path, parts) = if core.stage.takes(&sets)? {
+    let path = if core.stage.takes(&sets)? {
         let staged = Staged {
             op,
             sets: &sets,
@@ -157,26 +157,7 @@ pub(crate) fn prepare_objects(
     } else {
         (Path::Objects(objects), count)
     };
-    let plan = Plan {
-        op,
-        bytes: measured.bytes,
-        runs: measured.runs,
-        pieces: measured.pieces,
-        sets: 1,
-        parts,
-        lane: Lane::Object,
-        reason,
-    };
-    let work = Work {
-        op,
-        sets,
-        tensors: Vec::new(),
-        starts: measured.starts,
-        path,
-        parts,
-        grant: None,
-        plan,
-    };
+    let work = measured.work(op, sets, Lane::Object, path, reason);
     Ok(Prepared::new(
         core.clone(),
         store.session.clone(),
