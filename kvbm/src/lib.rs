@@ -37,12 +37,17 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod admit;
 pub mod arena;
 pub mod block;
 pub mod events;
 pub mod evict;
 pub mod pool;
 
+pub use admit::{
+    Admission, AdmissionConfig, AdmissionKind, Offer, Offered, UnknownAdmission, Wear, WriteBudget,
+    WriteBudgetConfig, WriteBudgetError,
+};
 pub use arena::{ArenaError, KvArena};
 pub use block::{CompleteBlock, ImmutableBlock, MutableBlock, Quarantine};
 pub use events::{EventFeed, EventSubscription, KvBatch, KvSnapshot};
