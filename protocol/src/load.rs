@@ -26,8 +26,16 @@ pub struct LoadReport {
     pub prefill_tokens_queued: u64,
     /// Prompt tokens computed since start.
     pub prefill_tokens_total: u64,
-    /// Prompt tokens found in the cache since start.
+    /// Prompt tokens found in the cache since start, in any tier.
     pub cached_tokens_total: u64,
+    /// Those of them that were loaded from host memory (G2).
+    pub cached_host_tokens_total: u64,
+    /// Those that were loaded from disk (G3).
+    pub cached_disk_tokens_total: u64,
+    /// Those that were loaded from an object store or another worker (G4).
+    pub cached_remote_tokens_total: u64,
+    /// Requests for which lower tiers did not give all that they had found since start.
+    pub onboard_failures_total: u64,
     /// Tokens generated since start.
     pub decode_tokens_total: u64,
     /// KV bytes received from or sent to other workers since start.

@@ -155,8 +155,14 @@ pub struct Usage {
     pub prompt_tokens: u32,
     /// Tokens generated.
     pub completion_tokens: u32,
-    /// Prompt tokens whose KV was already there (on the worker that decoded).
+    /// Prompt tokens whose KV was already there (on the worker that decoded), in any tier.
     pub cached_tokens: u32,
+    /// Those of them that were loaded from host memory (G2).
+    pub cached_host_tokens: u32,
+    /// Those that were loaded from disk (G3).
+    pub cached_disk_tokens: u32,
+    /// Those that were loaded from an object store or another worker (G4).
+    pub cached_remote_tokens: u32,
     /// Prompt tokens computed by a remote prefill worker.
     pub remote_prefill_tokens: u32,
     /// KV blocks received from a prefill worker.

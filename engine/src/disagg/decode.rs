@@ -2,7 +2,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use blockplane_kvbm::BlockPool;
 use blockplane_protocol::{
     BlockId, ErrorKind, GenerateError, GenerateRequest, KvTarget, PrefillDone, PrefillHint,
     PrefillJob, PrefillReply,
@@ -18,7 +17,7 @@ use tracing::debug;
 use super::{Handoff, HandoffEvent, notices::Expected};
 use crate::{
     engine::RemotePrefill,
-    native::{Command, HeldBlocks, RankShared},
+    native::{Command, HeldBlocks, KvPool, RankShared},
     scheduler::{Sequence, SequenceId},
 };
 
@@ -83,7 +82,7 @@ impl Handoff {
         shared: &Arc<RankShared>,
         id: SequenceId,
         request: &GenerateRequest,
-        sequence: &Sequence<BlockPool>,
+        sequence: &Sequence<KvPool>,
     ) -> Result<RemoteRun, GenerateError> {
         let client = self
             .config

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blockplane_kvbm::{BlockPool, KvArena};
+use blockplane_kvbm::KvArena;
 use blockplane_protocol::{
     BlockId, ErrorKind, GenerateError, GenerateRequest, KvTarget, LayerIndex, PrefillDone,
     PrefillReply, SamplerState, TokenOutput, codec,
@@ -23,7 +23,7 @@ use super::{Handoff, HandoffEvent};
 use crate::{
     engine::EngineInfo,
     error::RequestError,
-    native::{Command, HeldBlocks, Live, RankShared},
+    native::{Command, HeldBlocks, KvPool, Live, RankShared},
     scheduler::{Sequence, SequenceId, Slice},
     stream::PrefillSender,
 };
@@ -175,7 +175,7 @@ impl PrefillRun {
     pub(crate) fn load(
         &mut self,
         id: SequenceId,
-        sequence: &Sequence<BlockPool>,
+        sequence: &Sequence<KvPool>,
         blocks: Range<u32>,
     ) -> Result<(), GenerateError> {
         let range = blocks.start as usize..blocks.end as usize;
@@ -226,10 +226,7 @@ impl PrefillRun {
     }
 
     /// Writes the blocks that only this worker's cache has.
-    pub(crate) fn send_cached(
-        &mut self,
-        sequence: &Sequence<BlockPool>,
-    ) -> Result<(), GenerateError> {
+    pub(crate) fn send_cached(&mut self, sequence: &Sequence<KvPool>) -> Result<(), GenerateError> {
         let block_tokens = sequence.token_sequence().block_tokens();
         let first = self.target.cached_blocks as usize;
         let end = sequence.computed_tokens() / block_tokens;
@@ -243,7 +240,7 @@ impl PrefillRun {
     }
 
     /// The engine is about to compute a slice of the prompt.
-    pub(crate) fn begin_chunk(&mut self, slice: &Slice, sequence: &Sequence<BlockPool>) {
+    pub(crate) fn begin_chunk(&mut self, slice: &Slice, sequence: &Sequence<KvPool>) {
         self.reply.computed_tokens +=
             u32::try_from(slice.len).expect("prompts are below 2^32 tokens");
         let block_tokens = sequence.token_sequence().block_tokens();

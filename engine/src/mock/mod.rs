@@ -25,7 +25,7 @@ use futures::future::BoxFuture;
 use crate::{
     engine::{Engine, EngineInfo, Health},
     error::StartError,
-    native::{ModelFacts, NativeConfig, NativeEngine, PoolSize},
+    native::{Forward, ModelFacts, NativeConfig, NativeEngine, PoolSize},
     stream::{PrefillTicket, TokenStream},
 };
 use forward::MockForward;
@@ -98,9 +98,10 @@ impl MockEngine {
             vocab_size: model.vocab_size,
             eos_token_ids: model.eos_token_ids.clone(),
         };
-        let engine = NativeEngine::start_with(&engine, facts, &mut || {
+        let mut make_forward = || -> Result<Box<dyn Forward>, StartError> {
             Ok(Box::new(MockForward::new(model.clone(), timing)))
-        })?;
+        };
+        let engine = NativeEngine::start_with(&engine, facts, &mut make_forward, &|_, _| None)?;
         Ok(Self { engine })
     }
 }

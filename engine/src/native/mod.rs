@@ -5,6 +5,7 @@
 //! is nothing to compute. All ranks share the model's weights; each has its own pool, prefix cache
 //! and KV events.
 
+mod below;
 mod config;
 mod forward;
 mod mailbox;
@@ -34,11 +35,12 @@ use xxhash_rust::xxh3::xxh3_64;
 
 pub use config::{NativeConfig, PoolSize};
 pub(crate) use forward::Forward;
+pub(crate) use pool::KvPool;
 pub(crate) use rank::Command;
 use rank::{GenerateTask, PrefillTask, Rank};
 pub(crate) use shared::{HeldBlocks, Live, RankShared};
 
-use self::forward::executor;
+use self::{below::Below, forward::executor};
 use crate::{
     disagg::{Handoff, PrefillRun, validate_target},
     engine::{Engine, EngineInfo, Health},
@@ -75,14 +77,16 @@ impl NativeEngine {
             vocab_size: tokens(parameters.vocab_size),
             eos_token_ids: parameters.eos_token_ids.clone(),
         };
-        Self::start_with(config, facts, &mut || executor(model, &config.scheduler))
+        let mut make_forward = || executor(model, &config.scheduler);
+        Self::start_with(config, facts, &mut make_forward, &|_, _| None)
     }
 
-    /// The same with a stand-in for the model.
+    /// The same with a stand-in for the model, and for the tiers below each rank's pool.
     pub(crate) fn start_with(
         config: &NativeConfig,
         facts: ModelFacts,
         make_forward: &mut dyn FnMut() -> Result<Box<dyn Forward>, StartError>,
+        attach: &AttachBelow<'_>,
     ) -> Result<Arc<Self>, StartError> {
         config.validate()?;
         let layout = facts.layout;
@@ -104,7 +108,7 @@ impl NativeEngine {
             };
             let scheduler = Scheduler::new(
                 limits,
-                shared.pool.clone(),
+                KvPool::new(shared.pool.clone(), attach(rank, &shared.pool)),
                 config.block_tokens as usize,
                 context_tokens_max as usize,
                 facts.eos_token_ids.clone(),
@@ -288,6 +292,9 @@ impl fmt::Debug for NativeEngine {
             .finish_non_exhaustive()
     }
 }
+
+/// Finds the tiers below the pool of a rank.
+pub(crate) type AttachBelow<'a> = dyn Fn(DpRank, &BlockPool) -> Option<Arc<dyn Below>> + 'a;
 
 /// What the engine must know of a model.
 pub(crate) struct ModelFacts {

@@ -1,33 +1,68 @@
-//! kvbm's pool as the scheduler sees it.
+//! A rank's blocks as the scheduler sees them: kvbm's pool, and the tiers below it.
+
+use std::sync::Arc;
 
 use blockplane_kvbm::{BlockPool, ImmutableBlock, MutableBlock};
 use blockplane_protocol::{BlockId, SequenceHash, TokenBlock};
 
-use crate::scheduler::KvBlocks;
+use super::below::{Below, Lower};
+use crate::scheduler::{Found, KvBlocks};
 
-impl KvBlocks for BlockPool {
+/// The pool of a rank, and the tiers below it if there are any.
+#[derive(Clone, Debug)]
+pub(crate) struct KvPool {
+    pool: BlockPool,
+    below: Option<Arc<dyn Below>>,
+}
+
+impl KvPool {
+    pub(crate) fn new(pool: BlockPool, below: Option<Arc<dyn Below>>) -> Self {
+        Self { pool, below }
+    }
+
+    /// Whether there are tiers below the pool.
+    pub(crate) fn has_lower_tiers(&self) -> bool {
+        self.below.is_some()
+    }
+}
+
+impl KvBlocks for KvPool {
     type Shared = ImmutableBlock;
     type Owned = MutableBlock;
+    type Lower = Box<dyn Lower>;
 
     fn total(&self) -> usize {
-        self.stats().total
+        self.pool.stats().total
     }
 
     fn available(&self) -> usize {
-        let stats = self.stats();
+        let stats = self.pool.stats();
         stats.free + stats.cached
     }
 
     fn match_prefix(&self, blocks: &[TokenBlock]) -> Vec<ImmutableBlock> {
-        Self::match_prefix(self, blocks)
+        self.pool.match_prefix(blocks)
+    }
+
+    fn extend_prefix(&self, prefix: Vec<ImmutableBlock>, blocks: &[TokenBlock]) -> Found<Self> {
+        match &self.below {
+            Some(below) => below.extend_prefix(prefix, blocks),
+            None => Found::readable(prefix),
+        }
+    }
+
+    fn offload(&self, blocks: &[ImmutableBlock]) {
+        if let Some(below) = &self.below {
+            below.offload(blocks);
+        }
     }
 
     fn contains(&self, name: TokenBlock) -> bool {
-        self.peek_prefix(&[name]) == 1
+        self.pool.peek_prefix(&[name]) == 1
     }
 
     fn allocate(&self, count: usize) -> Option<Vec<MutableBlock>> {
-        Self::allocate(self, count).ok()
+        self.pool.allocate(count).ok()
     }
 
     fn register(
@@ -37,7 +72,7 @@ impl KvBlocks for BlockPool {
         let complete = blocks
             .into_iter()
             .map(|(block, name, parent)| block.complete(name, parent));
-        Self::register(complete.collect())
+        BlockPool::register(complete.collect())
     }
 
     fn shared_id(block: &ImmutableBlock) -> BlockId {

@@ -6,7 +6,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blockplane_kvbm::BlockPool;
 use blockplane_protocol::{
     ErrorKind, FinishReason, GenerateError, GenerateRequest, LoadReport, TokenId, TokenOutput,
     Usage,
@@ -15,7 +14,9 @@ use tokio::sync::oneshot;
 use tracing::{debug, warn};
 
 use super::{
+    below::{Loaded, LoadedFrom, Loading, Lower},
     forward::Forward,
+    pool::KvPool,
     shared::{HeldBlocks, Live, RankShared},
 };
 use crate::{
@@ -29,6 +30,9 @@ use crate::{
     stream::{PrefillSender, TokenSender},
 };
 
+/// How often an engine that has nothing to compute looks for blocks that copies let go of.
+const RETRY: Duration = Duration::from_millis(2);
+
 /// What an engine thread is told.
 #[derive(Debug)]
 pub(crate) enum Command {
@@ -38,6 +42,8 @@ pub(crate) enum Command {
     Prefill(Box<PrefillTask>),
     /// News of a sequence whose KV another worker handles.
     Handoff(SequenceId, HandoffEvent),
+    /// What became of the blocks that a sequence loads from lower tiers.
+    Onboarded(SequenceId, Loaded),
     /// Take nothing new; answer when nothing is left, which is at `until` at the latest.
     Drain {
         /// When the rest is cancelled.
@@ -71,7 +77,7 @@ pub(crate) struct PrefillTask {
 /// The state of an engine thread.
 pub(crate) struct Rank {
     shared: Arc<RankShared>,
-    scheduler: Scheduler<BlockPool>,
+    scheduler: Scheduler<KvPool>,
     forward: Box<dyn Forward>,
     handoff: Option<Arc<Handoff>>,
     remote_prefill_min_tokens: u32,
@@ -87,6 +93,10 @@ struct Entry {
     request: GenerateRequest,
     sampler: Sampler,
     usage: Usage,
+    /// While blocks are loaded from lower tiers.
+    loading: Option<Box<dyn Loading>>,
+    /// Blocks loaded before the prompt was first seated.
+    loaded: LoadedFrom,
     kind: Kind,
     live: Live,
 }
@@ -106,7 +116,7 @@ enum Kind {
 impl Rank {
     pub(crate) fn new(
         shared: Arc<RankShared>,
-        scheduler: Scheduler<BlockPool>,
+        scheduler: Scheduler<KvPool>,
         forward: Box<dyn Forward>,
         handoff: Option<Arc<Handoff>>,
     ) -> Self {
@@ -156,6 +166,7 @@ impl Rank {
             Command::Generate(task) => self.generate(*task),
             Command::Prefill(task) => self.prefill(*task),
             Command::Handoff(id, event) => self.handoff_event(id, event),
+            Command::Onboarded(id, loaded) => self.onboarded(id, loaded),
             Command::Drain { until, done } => {
                 self.leaving = true;
                 self.draining = Some((until, done));
@@ -241,37 +252,88 @@ impl Rank {
 
     fn admit(&mut self) {
         for admitted in self.scheduler.admit() {
-            let Admitted {
-                id,
-                cached_tokens,
-                again,
-                gate,
-            } = admitted;
-            let entry = self.entries.get_mut(&id).expect("every sequence has one");
-            if !again {
-                entry.usage.cached_tokens = count(cached_tokens);
-                self.totals.cached_tokens_total += cached_tokens as u64;
-            }
-            let sequence = self.scheduler.sequence(id).expect("just admitted");
-            let Some(handoff) = &self.handoff else {
-                continue;
+            self.admitted(admitted);
+        }
+    }
+
+    fn admitted(&mut self, admitted: Admitted<KvPool>) {
+        let Admitted {
+            id,
+            cached_tokens,
+            again,
+            gate,
+            lower,
+        } = admitted;
+        if let Some(lower) = lower {
+            self.load(id, lower);
+            return;
+        }
+        let block_tokens = self.shared.arena.layout().block_tokens;
+        let entry = self.entries.get_mut(&id).expect("every sequence has one");
+        if !again {
+            let usage = &mut entry.usage;
+            usage.cached_tokens = count(cached_tokens);
+            let mut left = usage.cached_tokens;
+            let mut share = |blocks: u32| {
+                // What was loaded may have been evicted before it was needed.
+                let tokens = blocks.saturating_mul(block_tokens).min(left);
+                left -= tokens;
+                tokens
             };
-            let result = match (&mut entry.kind, gate) {
-                (Kind::Generate { remote, .. }, Some(Gate::RemotePrefill)) => {
-                    let run = handoff.prefill_remotely(&self.shared, id, &entry.request, sequence);
-                    run.map(|run| *remote = Some(run))
-                }
-                (Kind::Prefill { run, .. }, Some(Gate::Load { first, end })) => {
-                    run.load(id, sequence, first..end)
-                }
-                (Kind::Prefill { run, .. }, _) => run.send_cached(sequence),
-                (Kind::Generate { .. }, _) => Ok(()),
-            };
-            if let Err(error) = result {
-                let request = &entry.request.request_id;
-                warn!(%request, %error, "hand-off not started");
-                self.without_handoff(id, gate, error);
+            usage.cached_host_tokens = share(entry.loaded.host);
+            usage.cached_disk_tokens = share(entry.loaded.disk);
+            usage.cached_remote_tokens = share(entry.loaded.remote);
+            let totals = &mut self.totals;
+            totals.cached_tokens_total += cached_tokens as u64;
+            totals.cached_host_tokens_total += u64::from(usage.cached_host_tokens);
+            totals.cached_disk_tokens_total += u64::from(usage.cached_disk_tokens);
+            totals.cached_remote_tokens_total += u64::from(usage.cached_remote_tokens);
+        }
+        let sequence = self.scheduler.sequence(id).expect("just admitted");
+        let Some(handoff) = &self.handoff else {
+            return;
+        };
+        let result = match (&mut entry.kind, gate) {
+            (Kind::Generate { remote, .. }, Some(Gate::RemotePrefill)) => {
+                let run = handoff.prefill_remotely(&self.shared, id, &entry.request, sequence);
+                run.map(|run| *remote = Some(run))
             }
+            (Kind::Prefill { run, .. }, Some(Gate::Load { first, end })) => {
+                run.load(id, sequence, first..end)
+            }
+            (Kind::Prefill { run, .. }, _) => run.send_cached(sequence),
+            (Kind::Generate { .. }, _) => Ok(()),
+        };
+        if let Err(error) = result {
+            let request = &entry.request.request_id;
+            warn!(%request, %error, "hand-off not started");
+            self.without_handoff(id, gate, error);
+        }
+    }
+
+    /// Has blocks that lower tiers hold copied into those of a sequence that was just admitted.
+    fn load(&mut self, id: SequenceId, lower: Box<dyn Lower>) {
+        let sequence = self.scheduler.sequence(id).expect("just admitted");
+        let left = sequence.deadline().saturating_sub(self.shared.now());
+        let shared = Arc::clone(&self.shared);
+        let done = move |loaded| shared.mailbox.post(Command::Onboarded(id, loaded));
+        let loading = lower.load(sequence.load_targets(), left, Box::new(done));
+        let entry = self.entries.get_mut(&id).expect("every sequence has one");
+        entry.loading = Some(loading);
+    }
+
+    fn onboarded(&mut self, id: SequenceId, loaded: Loaded) {
+        let Some(entry) = self.entries.get_mut(&id) else {
+            return;
+        };
+        entry.loading = None;
+        entry.loaded.add(loaded.from);
+        if let Some(admitted) = self.scheduler.onboarded(id, loaded.leading) {
+            self.admitted(admitted);
+        } else {
+            let request = &entry.request.request_id;
+            self.totals.onboard_failures_total += 1;
+            debug!(%request, blocks = loaded.leading, "not all blocks were loaded; computing the rest");
         }
     }
 
@@ -523,7 +585,12 @@ impl Rank {
             return;
         };
         let generated = sequence.as_ref().map_or(0, |s| s.generated().len());
-        let blocks = sequence.map(|sequence| self.held(sequence));
+        let mut blocks = sequence.map(|sequence| self.held(sequence));
+        if let Some(loading) = entry.loading
+            && let Some(blocks) = blocks.take()
+        {
+            loading.give_up(Box::new(blocks));
+        }
         match entry.kind {
             Kind::Generate { sender, remote } => {
                 if let (Some(run), Some(blocks)) = (remote, blocks) {
@@ -553,7 +620,7 @@ impl Rank {
         }
     }
 
-    fn held(&self, sequence: Sequence<BlockPool>) -> HeldBlocks {
+    fn held(&self, sequence: Sequence<KvPool>) -> HeldBlocks {
         HeldBlocks::new(sequence.into_blocks(), Arc::clone(&self.shared))
     }
 
@@ -582,7 +649,10 @@ impl Rank {
             .draining
             .as_ref()
             .map(|(until, _)| until.saturating_duration_since(Instant::now()));
-        [deadline, drain].into_iter().flatten().min()
+        // Copies to lower tiers hold blocks for a moment and tell nobody when they let go of them.
+        let starved = self.scheduler.pool().has_lower_tiers() && self.scheduler.waits_for_blocks();
+        let retry = starved.then_some(RETRY);
+        [deadline, drain, retry].into_iter().flatten().min()
     }
 
     fn publish(&self) {
@@ -611,6 +681,8 @@ impl Entry {
             request,
             sampler,
             usage: Usage::default(),
+            loading: None,
+            loaded: LoadedFrom::default(),
             kind,
             live,
         }

@@ -12,7 +12,7 @@ use blockplane_kvbm::{BlockPool, KvArena};
 use blockplane_protocol::{DpRank, LoadReport};
 use parking_lot::Mutex;
 
-use super::{mailbox::Mailbox, rank::Command};
+use super::{mailbox::Mailbox, pool::KvPool, rank::Command};
 use crate::{disagg::Transferred, error::RequestError, scheduler::SequenceBlocks};
 
 /// One rank, seen from outside of its thread.
@@ -43,7 +43,7 @@ pub(crate) struct Live(Arc<RankShared>);
 /// the engine that there is room.
 #[derive(Debug)]
 pub(crate) struct HeldBlocks {
-    blocks: SequenceBlocks<BlockPool>,
+    blocks: SequenceBlocks<KvPool>,
     rank: Arc<RankShared>,
 }
 
@@ -131,7 +131,7 @@ impl RankShared {
 }
 
 impl HeldBlocks {
-    pub(crate) fn new(blocks: SequenceBlocks<BlockPool>, rank: Arc<RankShared>) -> Self {
+    pub(crate) fn new(blocks: SequenceBlocks<KvPool>, rank: Arc<RankShared>) -> Self {
         Self { blocks, rank }
     }
 

@@ -10,6 +10,8 @@ pub trait KvBlocks: fmt::Debug {
     type Shared: fmt::Debug;
     /// A block that one sequence writes.
     type Owned: fmt::Debug;
+    /// Blocks that tiers below the pool hold for a sequence, until they are loaded or it is dropped.
+    type Lower: fmt::Debug;
 
     /// Blocks of the pool.
     fn total(&self) -> usize;
@@ -19,6 +21,14 @@ pub trait KvBlocks: fmt::Debug {
 
     /// The longest readable prefix of `blocks`, held.
     fn match_prefix(&self, blocks: &[TokenBlock]) -> Vec<Self::Shared>;
+
+    /// Continues `prefix`, the readable beginning of `blocks`, over all tiers: the longest run of
+    /// blocks from the first that are readable or lie in a lower tier, each held where it is.
+    fn extend_prefix(&self, prefix: Vec<Self::Shared>, blocks: &[TokenBlock]) -> Found<Self>;
+
+    /// Tells lower tiers of consecutive blocks of one sequence that were computed here, or by
+    /// another worker for it, and are readable now. They may copy them.
+    fn offload(&self, blocks: &[Self::Shared]);
 
     /// Whether a block is readable under this name.
     fn contains(&self, name: TokenBlock) -> bool;
@@ -39,4 +49,24 @@ pub trait KvBlocks: fmt::Debug {
 
     /// Index of an owned block.
     fn owned_id(block: &Self::Owned) -> BlockId;
+}
+
+/// What [`KvBlocks::extend_prefix`] found.
+#[derive(Debug)]
+pub struct Found<B: KvBlocks + ?Sized> {
+    /// One for each block of the run: readable, or `None` where it lies in a lower tier.
+    pub blocks: Vec<Option<B::Shared>>,
+    /// Holds the blocks of the lower tiers; present if there are any.
+    pub lower: Option<B::Lower>,
+}
+
+impl<B: KvBlocks + ?Sized> Found<B> {
+    /// Only readable blocks.
+    #[must_use]
+    pub fn readable(blocks: Vec<B::Shared>) -> Self {
+        Self {
+            blocks: blocks.into_iter().map(Some).collect(),
+            lower: None,
+        }
+    }
 }

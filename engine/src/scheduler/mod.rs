@@ -14,8 +14,12 @@
 //! * **Preemption.** When a decoding sequence needs a block and there is none, the youngest one
 //!   gives all of its blocks back and waits to be computed again (its full blocks usually still are
 //!   in the prefix cache). The oldest one is never the victim, so every sequence ends.
-//! * **Gates.** A gated sequence holds its blocks while their KV comes from another worker. It is
-//!   not computed, and not preempted, because bytes may still arrive.
+//! * **Gates.** A gated sequence holds its blocks while their KV comes from lower tiers or from
+//!   another worker. It is not computed, and not preempted, because bytes may still arrive; others
+//!   are computed meanwhile.
+//! * **Lower tiers** are a cache like the pool: what they do not give in time is computed. A sequence
+//!   that did not get all it was promised keeps what came, waits for its turn again, and does not
+//!   ask them a second time.
 //!
 //! Whoever takes a sequence out ([`Scheduler::retire`]) gets its blocks with it: dropping them
 //! returns them to the pool, and a caller whose blocks may still be read or written by a peer keeps
@@ -32,7 +36,7 @@ use blockplane_protocol::{FinishReason, TokenId};
 use thiserror::Error;
 
 pub use self::{
-    blocks::KvBlocks,
+    blocks::{Found, KvBlocks},
     sequence::{Gate, Sequence, SequenceBlocks, SequenceId, SequenceKind, SequenceSpec},
 };
 
@@ -83,16 +87,20 @@ pub struct QueueFull {
 }
 
 /// A sequence that was given its blocks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Admitted {
+#[derive(Debug)]
+pub struct Admitted<B: KvBlocks> {
     /// The sequence.
     pub id: SequenceId,
-    /// Tokens found in the prefix cache this time.
+    /// Tokens found in the prefix cache this time; with [`Gate::Onboard`], those before the first
+    /// one to load.
     pub cached_tokens: usize,
     /// Whether it was admitted before and preempted since.
     pub again: bool,
-    /// What it waits for; the caller opens it with [`Scheduler::open_gate`].
+    /// What it waits for; the caller opens it with [`Scheduler::open_gate`], or with
+    /// [`Scheduler::onboarded`].
     pub gate: Option<Gate>,
+    /// What lower tiers hold for it; present with [`Gate::Onboard`].
+    pub lower: Option<B::Lower>,
 }
 
 /// Part of a step: compute the KV of tokens `start..start + len` of a sequence.
@@ -237,7 +245,7 @@ impl<B: KvBlocks> Scheduler<B> {
     }
 
     /// Gives blocks to waiting sequences, oldest first, as far as they go.
-    pub fn admit(&mut self) -> Vec<Admitted> {
+    pub fn admit(&mut self) -> Vec<Admitted<B>> {
         let mut admitted = Vec::new();
         while !self.stalled && self.running.len() < self.config.max_running {
             let Some(entry) = self.waiting.first_entry() else {
@@ -248,27 +256,69 @@ impl<B: KvBlocks> Scheduler<B> {
             let matchable = (sequence.tokens().len() - 1) / self.block_tokens;
             let names = &sequence.token_sequence().blocks()[..matchable];
             let prefix = self.pool.match_prefix(names);
-            let needed = sequence.token_sequence().blocks_needed() - prefix.len();
+            let all = sequence.token_sequence().blocks_needed();
+            let needed = all - prefix.len();
             if self.pool.available() < needed + self.running.len() && !self.running.is_empty() {
                 break;
             }
-            let Some(rest) = self.pool.allocate(needed) else {
+            let found = if sequence.lower_failed || prefix.len() == names.len() {
+                Found::readable(prefix)
+            } else {
+                self.pool.extend_prefix(prefix, names)
+            };
+            let Some(fresh) = self
+                .pool
+                .allocate(all - found.blocks.iter().flatten().count())
+            else {
                 break;
             };
             let (id, mut sequence) = entry.remove_entry();
-            let again = sequence.cached.is_some();
-            let matched = prefix.len();
-            sequence.seat(prefix, rest);
-            sequence.gate = gate(&sequence, matched, again);
-            admitted.push(Admitted {
-                id,
-                cached_tokens: sequence.computed,
-                again,
-                gate: sequence.gate,
+            let end = u32::try_from(found.blocks.len()).expect("block counts are 32 bits");
+            sequence.seat(found.blocks, fresh);
+            admitted.push(match found.lower {
+                None => self.seated(id, &mut sequence),
+                Some(lower) => {
+                    sequence.gate = Some(Gate::Onboard { end });
+                    Admitted {
+                        id,
+                        cached_tokens: sequence.computed,
+                        again: sequence.cached.is_some(),
+                        gate: sequence.gate,
+                        lower: Some(lower),
+                    }
+                }
             });
             self.running.insert(id, sequence);
         }
         admitted
+    }
+
+    /// Takes the end of a load from lower tiers: the first `loaded` blocks of the sequence are in
+    /// place, and no byte lands in any other any more. They become readable. When that is all there
+    /// was to load, the sequence goes on: what it waits for next is in the result. If not, it is
+    /// put back into the waiting queue, and will not ask lower tiers again; or the sequence is gone:
+    /// the result is `None`.
+    ///
+    /// # Panics
+    /// When the sequence does not wait for this, or `loaded` is not within what it waits for.
+    pub fn onboarded(&mut self, id: SequenceId, loaded: usize) -> Option<Admitted<B>> {
+        let mut sequence = self.running.remove(&id)?;
+        let Some(Gate::Onboard { end }) = sequence.gate.take() else {
+            panic!("only a sequence that waits for lower tiers is told of them");
+        };
+        assert!(loaded <= end as usize, "no more is loaded than was asked");
+        let computed = (loaded * self.block_tokens).max(sequence.computed);
+        sequence.set_computed(computed, true, &self.pool);
+        if loaded == end as usize {
+            let admitted = self.seated(id, &mut sequence);
+            self.running.insert(id, sequence);
+            return Some(admitted);
+        }
+        sequence.lower_failed = true;
+        // Nothing lands in these blocks any more: dropping them returns them.
+        drop(sequence.unseat());
+        self.waiting.insert(id, sequence);
+        None
     }
 
     /// Lets a gated sequence be computed here from token `computed` on: what comes before it is in
@@ -280,7 +330,7 @@ impl<B: KvBlocks> Scheduler<B> {
         if let Some(sequence) = self.running.get_mut(&id) {
             let gate = sequence.gate.take();
             assert!(gate.is_some(), "only a gated sequence has a gate to open");
-            sequence.set_computed(computed.max(sequence.computed), &self.pool);
+            sequence.set_computed(computed.max(sequence.computed), false, &self.pool);
         }
     }
 
@@ -327,7 +377,7 @@ impl<B: KvBlocks> Scheduler<B> {
     pub fn advance(&mut self, slice: &Slice) {
         if let Some(sequence) = self.running.get_mut(&slice.id) {
             assert_eq!(sequence.computed, slice.start, "slices are done in order");
-            sequence.set_computed(slice.start + slice.len, &self.pool);
+            sequence.set_computed(slice.start + slice.len, false, &self.pool);
         }
     }
 
@@ -369,6 +419,12 @@ impl<B: KvBlocks> Scheduler<B> {
         self.all().map(|(_, sequence)| sequence.deadline).min()
     }
 
+    /// Whether a sequence waits for blocks that somebody else holds.
+    #[must_use]
+    pub fn waits_for_blocks(&self) -> bool {
+        self.stalled || !self.waiting.is_empty()
+    }
+
     /// Whether no sequence is left.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -380,6 +436,10 @@ impl<B: KvBlocks> Scheduler<B> {
     pub fn stats(&self) -> SchedulerStats {
         let queued = |s: &Sequence<B>| match s.gate {
             Some(Gate::RemotePrefill) => 0,
+            Some(Gate::Onboard { end }) => {
+                let loaded = end as usize * self.block_tokens;
+                s.prompt_tokens().saturating_sub(loaded)
+            }
             Some(Gate::Load { .. }) | None => s.prompt_tokens().saturating_sub(s.computed),
         };
         SchedulerStats {
@@ -387,6 +447,20 @@ impl<B: KvBlocks> Scheduler<B> {
             waiting: self.waiting.len(),
             prefill_tokens_queued: self.all().map(|(_, sequence)| queued(sequence)).sum(),
             preemptions: self.preemptions,
+        }
+    }
+
+    /// A sequence that has all that the cache gives; its gate is set.
+    fn seated(&self, id: SequenceId, sequence: &mut Sequence<B>) -> Admitted<B> {
+        let again = sequence.cached.is_some();
+        sequence.cached.get_or_insert(sequence.computed);
+        sequence.gate = gate(sequence, sequence.computed / self.block_tokens, again);
+        Admitted {
+            id,
+            cached_tokens: sequence.computed,
+            again,
+            gate: sequence.gate,
+            lower: None,
         }
     }
 

@@ -56,6 +56,12 @@ pub enum Gate {
         /// End of the blocks to read.
         end: u32,
     },
+    /// The blocks before `end` that are not readable shall be loaded from lower tiers, into
+    /// [`Sequence::load_targets`].
+    Onboard {
+        /// End of the blocks to load.
+        end: u32,
+    },
 }
 
 /// A request inside the scheduler.
@@ -71,6 +77,8 @@ pub struct Sequence<B: KvBlocks> {
     pub(super) computed: usize,
     /// Prompt tokens found in the cache at the first admission.
     pub(super) cached: Option<usize>,
+    /// Lower tiers did not give what they had: they are not asked again.
+    pub(super) lower_failed: bool,
     slots: Vec<Slot<B>>,
     ids: Vec<BlockId>,
     /// Blocks that were offered to the prefix cache.
@@ -112,6 +120,7 @@ impl<B: KvBlocks> Sequence<B> {
             gate: None,
             computed: 0,
             cached: None,
+            lower_failed: false,
             slots: Vec::new(),
             ids: Vec::new(),
             offered: 0,
@@ -172,6 +181,21 @@ impl<B: KvBlocks> Sequence<B> {
         self.gate
     }
 
+    /// The blocks that a load from lower tiers fills, in order; none without [`Gate::Onboard`].
+    #[must_use]
+    pub fn load_targets(&self) -> Vec<BlockId> {
+        let Some(Gate::Onboard { end }) = self.gate else {
+            return Vec::new();
+        };
+        self.slots[..end as usize]
+            .iter()
+            .filter_map(|slot| match slot {
+                Slot::Owned(block) => Some(B::owned_id(block)),
+                Slot::Shared(_) | Slot::Moving => None,
+            })
+            .collect()
+    }
+
     /// Its blocks, readable and not, for a caller that must keep some of them beyond the end of the
     /// sequence.
     #[must_use = "dropping the blocks returns them to the pool"]
@@ -191,15 +215,22 @@ impl<B: KvBlocks> Sequence<B> {
         self.gate.is_none() && !matches!(self.kind, SequenceKind::ForPeer { .. })
     }
 
-    /// Takes the blocks of an admission: a readable prefix and the rest to write.
-    pub(super) fn seat(&mut self, prefix: Vec<B::Shared>, rest: Vec<B::Owned>) {
+    /// Takes the blocks of an admission: what was found, and fresh ones for the rest.
+    pub(super) fn seat(&mut self, found: Vec<Option<B::Shared>>, fresh: Vec<B::Owned>) {
         debug_assert!(self.slots.is_empty(), "a waiting sequence holds no block");
-        self.computed = prefix.len() * self.tokens.block_tokens();
-        self.offered = prefix.len();
-        self.cached.get_or_insert(self.computed);
-        self.ids.extend(prefix.iter().map(B::shared_id));
-        self.slots.extend(prefix.into_iter().map(Slot::Shared));
-        self.append(rest);
+        let mut fresh = fresh.into_iter();
+        for block in found {
+            let slot = match block {
+                Some(block) => Slot::Shared(block),
+                None => Slot::Owned(fresh.next().expect("one for each block not readable")),
+            };
+            self.ids.push(slot.id());
+            self.slots.push(slot);
+        }
+        let readable = |slot: &&Slot<B>| matches!(slot, Slot::Shared(_));
+        self.offered = self.slots.iter().take_while(readable).count();
+        self.computed = self.offered * self.tokens.block_tokens();
+        self.append(fresh.collect());
     }
 
     pub(super) fn append(&mut self, blocks: Vec<B::Owned>) {
@@ -228,8 +259,8 @@ impl<B: KvBlocks> Sequence<B> {
     }
 
     /// Notes that the KV of tokens up to `computed` is in place, and makes the blocks that this
-    /// filled readable.
-    pub(super) fn set_computed(&mut self, computed: usize, pool: &B) {
+    /// filled readable. Lower tiers are told of them, unless they came `from_lower` tiers.
+    pub(super) fn set_computed(&mut self, computed: usize, from_lower: bool, pool: &B) {
         assert!(
             self.computed <= computed && computed <= self.tokens.len(),
             "KV only grows, and not beyond the tokens"
@@ -257,7 +288,14 @@ impl<B: KvBlocks> Sequence<B> {
                 other => self.slots[index] = other,
             }
         }
-        for (index, shared) in indices.into_iter().zip(pool.register(blocks)) {
+        if blocks.is_empty() {
+            return;
+        }
+        let shared = pool.register(blocks);
+        if !from_lower {
+            pool.offload(&shared);
+        }
+        for (index, shared) in indices.into_iter().zip(shared) {
             self.ids[index] = B::shared_id(&shared);
             self.slots[index] = Slot::Shared(shared);
         }
@@ -275,6 +313,16 @@ impl<B: KvBlocks> Sequence<B> {
             Some(FinishReason::Length)
         } else {
             None
+        }
+    }
+}
+
+impl<B: KvBlocks> Slot<B> {
+    fn id(&self) -> BlockId {
+        match self {
+            Self::Shared(block) => B::shared_id(block),
+            Self::Owned(block) => B::owned_id(block),
+            Self::Moving => unreachable!("only while blocks are made readable"),
         }
     }
 }

@@ -39,6 +39,12 @@ struct Store {
     unused: VecDeque<u64>,
     content: Vec<[u64; BLOCK_TOKENS]>,
     owned: Vec<bool>,
+    /// Lower tiers: what they hold by name. They take every other block they are told of.
+    lower: HashMap<u64, [u64; BLOCK_TOKENS]>,
+    /// Blocks that lower tiers were told of.
+    offloaded: u64,
+    /// Blocks of loads under way, which hold what they load.
+    loads: usize,
 }
 
 #[derive(Clone, Debug)]
@@ -50,6 +56,16 @@ struct Owned(u32, Pool);
 #[derive(Debug)]
 struct Shared(u64, u32, Pool);
 
+/// Contents held in lower tiers.
+#[derive(Debug)]
+struct Lower(Vec<[u64; BLOCK_TOKENS]>, Pool);
+
+impl Drop for Lower {
+    fn drop(&mut self) {
+        self.1.0.borrow_mut().loads -= self.0.len();
+    }
+}
+
 impl Pool {
     fn new(blocks: u32) -> Self {
         Self(Rc::new(RefCell::new(Store {
@@ -58,7 +74,36 @@ impl Pool {
             unused: VecDeque::new(),
             content: vec![[0; BLOCK_TOKENS]; blocks as usize],
             owned: vec![false; blocks as usize],
+            lower: HashMap::new(),
+            offloaded: 0,
+            loads: 0,
         })))
+    }
+
+    /// Forgets what nobody holds, as if room had been needed.
+    fn evict(&self) {
+        let mut store = self.0.borrow_mut();
+        while let Some(hash) = store.unused.pop_front() {
+            let (id, _) = store.readable.remove(&hash).expect("unused is readable");
+            store.free.push(id);
+        }
+    }
+
+    /// Lower tiers evict one in `every` of their blocks.
+    fn lose(&self, every: usize) {
+        let mut place = 0;
+        self.0.borrow_mut().lower.retain(|_, _| {
+            place += 1;
+            place % every != 0
+        });
+    }
+
+    fn insert_readable(&self, hash: u64, content: [u64; BLOCK_TOKENS]) {
+        let mut store = self.0.borrow_mut();
+        let id = store.free.pop().expect("room");
+        store.content[id as usize] = content;
+        store.readable.insert(hash, (id, 0));
+        store.unused.push_back(hash);
     }
 
     fn hold(&self, hash: u64) -> Option<Shared> {
@@ -94,6 +139,7 @@ impl Drop for Shared {
 impl KvBlocks for Pool {
     type Shared = Shared;
     type Owned = Owned;
+    type Lower = Lower;
 
     fn total(&self) -> usize {
         self.0.borrow().content.len()
@@ -109,6 +155,35 @@ impl KvBlocks for Pool {
             .iter()
             .map_while(|block| self.hold(block.sequence.0))
             .collect()
+    }
+
+    fn extend_prefix(&self, prefix: Vec<Shared>, blocks: &[TokenBlock]) -> Found<Self> {
+        let mut found = Found::readable(prefix);
+        let mut lower = Vec::new();
+        for block in &blocks[found.blocks.len()..] {
+            let readable = self.hold(block.sequence.0);
+            if readable.is_none() {
+                let Some(&content) = self.0.borrow().lower.get(&block.sequence.0) else {
+                    break;
+                };
+                lower.push(content);
+            }
+            found.blocks.push(readable);
+        }
+        self.0.borrow_mut().loads += lower.len();
+        found.lower = (!lower.is_empty()).then(|| Lower(lower, self.clone()));
+        found
+    }
+
+    fn offload(&self, blocks: &[Shared]) {
+        let mut store = self.0.borrow_mut();
+        for block in blocks {
+            let content = store.content[block.1 as usize];
+            store.offloaded += 1;
+            if store.offloaded.is_multiple_of(2) {
+                store.lower.insert(block.0, content);
+            }
+        }
     }
 
     fn contains(&self, name: TokenBlock) -> bool {
@@ -182,9 +257,11 @@ struct Bench {
     scheduler: Scheduler<Pool>,
     requests: BTreeMap<SequenceId, Request>,
     outputs: BTreeMap<SequenceId, Vec<TokenId>>,
-    gates: Vec<(SequenceId, Gate)>,
-    /// Blocks that a peer may still write to.
-    aside: Vec<Option<SequenceBlocks<Pool>>>,
+    gates: Vec<(SequenceId, Gate, Option<Lower>)>,
+    /// Blocks that a peer or a lower tier may still write to.
+    aside: Vec<(Option<SequenceBlocks<Pool>>, Option<Lower>)>,
+    /// Blocks that came from lower tiers.
+    loaded: usize,
     /// Sequences that finished, and those that were taken out before.
     finished: usize,
     removed: usize,
@@ -202,6 +279,7 @@ impl Bench {
             outputs: BTreeMap::new(),
             gates: Vec::new(),
             aside: Vec::new(),
+            loaded: 0,
             finished: 0,
             removed: 0,
         }
@@ -226,8 +304,7 @@ impl Bench {
     /// Admits and computes one step; returns how many slices it had.
     fn step(&mut self) -> usize {
         for admitted in self.scheduler.admit() {
-            self.gates
-                .extend(admitted.gate.map(|gate| (admitted.id, gate)));
+            self.seated(admitted);
         }
         let slices = self.scheduler.step();
         let mut tokens = 0;
@@ -255,6 +332,14 @@ impl Bench {
             }
         }
         slices.len()
+    }
+
+    fn seated(&mut self, admitted: Admitted<Pool>) {
+        let Admitted {
+            id, gate, lower, ..
+        } = admitted;
+        assert_eq!(matches!(gate, Some(Gate::Onboard { .. })), lower.is_some());
+        self.gates.extend(gate.map(|gate| (id, gate, lower)));
     }
 
     /// What an executor does: reads all KV before `start`, writes it from there to `end`.
@@ -291,9 +376,10 @@ impl Bench {
         }
     }
 
-    /// Ends what the `index`-th gated sequence waits for, well or not.
+    /// Ends what the `index`-th gated sequence waits for: well, or not, or not all of it.
     fn resolve_gate(&mut self, index: usize, well: bool) {
-        let (id, gate) = self.gates.swap_remove(index);
+        let percent = if well { 100 } else { index * 37 % 100 };
+        let (id, gate, lower) = self.gates.swap_remove(index);
         let Some(sequence) = self.scheduler.sequence(id) else {
             return;
         };
@@ -303,6 +389,19 @@ impl Bench {
         );
         let (prompt, cached) = (sequence.prompt_tokens(), sequence.computed_tokens());
         match gate {
+            Gate::Onboard { end } => {
+                let lower = lower.expect("comes with the gate");
+                let loaded = self.load(id, end as usize, &lower.0, percent);
+                drop(lower);
+                if let Some(admitted) = self.scheduler.onboarded(id, loaded) {
+                    assert_eq!(loaded, end as usize);
+                    assert_eq!(admitted.cached_tokens, loaded * BLOCK_TOKENS);
+                    self.seated(admitted);
+                } else {
+                    let sequence = self.scheduler.sequence(id).expect("waits again");
+                    assert!(loaded < end as usize && sequence.block_ids().is_empty());
+                }
+            }
             _ if !well => self.scheduler.open_gate(id, cached),
             Gate::RemotePrefill => {
                 self.compute(id, cached, prompt);
@@ -316,6 +415,29 @@ impl Bench {
                 self.scheduler.open_gate(id, end);
             }
         }
+    }
+
+    /// Copies the first `percent` of what lower tiers hold into its blocks and spoils the block
+    /// after it; returns the leading blocks of the sequence that are in place.
+    fn load(&mut self, id: SequenceId, end: usize, held: &[[u64; 4]], percent: usize) -> usize {
+        let sequence = self.scheduler.sequence(id).expect("looked up before");
+        let targets = sequence.load_targets();
+        assert_eq!(targets.len(), held.len(), "each block has a place");
+        let come = held.len() * percent / 100;
+        let mut store = self.pool.0.borrow_mut();
+        for (at, (target, content)) in targets.iter().zip(held).enumerate() {
+            assert!(store.owned[target.index()], "a readable block is loaded");
+            match at.cmp(&come) {
+                std::cmp::Ordering::Less => store.content[target.index()] = *content,
+                std::cmp::Ordering::Equal => store.content[target.index()] = [99; BLOCK_TOKENS],
+                std::cmp::Ordering::Greater => {}
+            }
+        }
+        self.loaded += come;
+        let table = sequence.block_ids();
+        let missing = targets.get(come);
+        let place = |id| table.iter().position(|other| other == id);
+        missing.map_or(end, |id| place(id).expect("a block of the table"))
     }
 
     fn remove(&mut self, id: SequenceId) {
@@ -336,9 +458,13 @@ impl Bench {
                 self.resolve_gate(0, true);
             }
         }
+        // What is left here belongs to sequences that were taken out.
+        self.gates.clear();
         assert_eq!(self.finished + self.removed, self.requests.len());
         assert_eq!(self.pool.available(), self.pool.total(), "a block leaked");
-        assert!(self.pool.0.borrow().owned.iter().all(|owned| !owned));
+        let store = self.pool.0.borrow();
+        assert!(store.owned.iter().all(|owned| !owned));
+        assert_eq!(store.loads, 0, "a lower tier's block is still held");
     }
 }
 
@@ -357,6 +483,12 @@ enum Action {
     Gate(usize, bool),
     /// The blocks of a gated sequence cannot be used for now.
     Stuck(usize),
+    /// A gated sequence is cancelled while bytes may still land in its blocks.
+    GiveUp(usize),
+    /// A sequence's readable blocks are evicted: lower tiers may still have them.
+    Evict,
+    /// Lower tiers lose every so many blocks.
+    Lose(usize),
     /// Those blocks can be used again.
     Unstuck,
     Step,
@@ -373,6 +505,9 @@ fn action() -> impl Strategy<Value = Action> {
         1 => (0..64usize).prop_map(Action::Cancel),
         2 => (0..64usize, any::<bool>()).prop_map(|(i, well)| Action::Gate(i, well)),
         1 => (0..64usize).prop_map(Action::Stuck),
+        1 => (0..64usize).prop_map(Action::GiveUp),
+        1 => Just(Action::Evict),
+        1 => (2..5usize).prop_map(Action::Lose),
         1 => Just(Action::Unstuck),
         6 => Just(Action::Step),
         1 => (0..20u64).prop_map(Action::Tick),
@@ -454,10 +589,22 @@ proptest! {
                 Action::Stuck(index) => {
                     if !bench.gates.is_empty() {
                         let index = index % bench.gates.len();
-                        let (id, _) = bench.gates.swap_remove(index);
-                        bench.aside.push(bench.scheduler.requeue(id));
+                        let (id, _, lower) = bench.gates.swap_remove(index);
+                        bench.aside.push((bench.scheduler.requeue(id), lower));
                     }
                 }
+                Action::GiveUp(index) => {
+                    if !bench.gates.is_empty() {
+                        let index = index % bench.gates.len();
+                        let (id, _, lower) = bench.gates.swap_remove(index);
+                        if let Some(sequence) = bench.scheduler.retire(id) {
+                            bench.removed += 1;
+                            bench.aside.push((Some(sequence.into_blocks()), lower));
+                        }
+                    }
+                }
+                Action::Evict => bench.pool.evict(),
+                Action::Lose(every) => bench.pool.lose(every),
                 Action::Unstuck => bench.aside.clear(),
                 Action::Step => {
                     bench.step();
@@ -557,6 +704,94 @@ fn generated_blocks_are_found_again_too() {
 }
 
 #[test]
+fn blocks_below_are_loaded_while_others_are_computed() {
+    let mut bench = Bench::new(32, config(4));
+    let names = TokenSequence::from_tokens(&local(16, 1).prompt, BLOCK_TOKENS, SaltHash::default());
+    let of = |block: usize| names.blocks()[block].sequence.0;
+    let content: Vec<[u64; BLOCK_TOKENS]> = (0..3)
+        .map(|block| std::array::from_fn(|i| tag(&names.tokens()[..=block * BLOCK_TOKENS + i])))
+        .collect();
+    for block in [0, 2] {
+        bench
+            .pool
+            .0
+            .borrow_mut()
+            .lower
+            .insert(of(block), content[block]);
+    }
+    bench.pool.insert_readable(of(1), content[1]);
+    bench.submit(local(16, 1), FOREVER);
+    bench.submit(local(3, 4), FOREVER);
+    assert_eq!(bench.step(), 1, "the second one is computed meanwhile");
+    let [(loading, Gate::Onboard { end: 3 }, Some(_))] = bench.gates[..] else {
+        panic!("{:?}", bench.gates);
+    };
+    let sequence = bench.scheduler.sequence(loading).unwrap();
+    assert_eq!(
+        sequence.load_targets().len(),
+        2,
+        "the middle one is readable"
+    );
+    assert_eq!(sequence.computed_tokens(), 0);
+    bench.resolve_gate(0, true);
+    let sequence = bench.scheduler.sequence(loading).unwrap();
+    assert_eq!(
+        (sequence.computed_tokens(), sequence.cached_tokens()),
+        (12, 12)
+    );
+    bench.finish();
+    assert_eq!(bench.loaded, 2);
+}
+
+#[test]
+fn what_lower_tiers_do_not_give_is_computed_and_not_asked_for_again() {
+    let mut bench = Bench::new(32, config(4));
+    let prompt = local(17, 1).prompt;
+    let names = TokenSequence::from_tokens(&prompt, BLOCK_TOKENS, SaltHash::default());
+    for (block, name) in names.blocks().iter().enumerate() {
+        let content = std::array::from_fn(|i| tag(&prompt[..=block * BLOCK_TOKENS + i]));
+        let mut store = bench.pool.0.borrow_mut();
+        store.lower.insert(name.sequence.0, content);
+    }
+    bench.submit(local(17, 1), FOREVER);
+    assert_eq!(bench.step(), 0);
+    let (id, gate, lower) = bench.gates.pop().expect("it loads");
+    assert_eq!(gate, Gate::Onboard { end: 4 });
+    let loaded = bench.load(id, 4, &lower.as_ref().unwrap().0, 50);
+    drop(lower);
+    assert_eq!(loaded, 2);
+    assert!(bench.scheduler.onboarded(id, loaded).is_none());
+    let admitted = bench.scheduler.admit();
+    // What came is found in the pool.
+    assert_eq!((admitted[0].cached_tokens, admitted[0].gate), (8, None));
+    assert!(!admitted[0].again);
+    bench.finish();
+}
+
+#[test]
+fn lower_tiers_are_asked_before_another_worker_is() {
+    let mut bench = Bench::new(32, config(4));
+    let remote = |len| request(1, len, 1, 0, 0);
+    for len in [12, 24] {
+        let prompt = remote(len).prompt;
+        let names = TokenSequence::from_tokens(&prompt, BLOCK_TOKENS, SaltHash::default());
+        let content = std::array::from_fn(|i| tag(&prompt[..=i]));
+        let mut store = bench.pool.0.borrow_mut();
+        store.lower.insert(names.blocks()[0].sequence.0, content);
+        drop(store);
+        bench.submit(remote(len), FOREVER);
+    }
+    bench.step();
+    let kinds = |bench: &Bench| bench.gates.iter().map(|g| g.1).collect::<Vec<_>>();
+    assert_eq!(kinds(&bench), [Gate::Onboard { end: 1 }; 2]);
+    bench.resolve_gate(0, true);
+    bench.resolve_gate(0, true);
+    // 8 tokens are left of the short one, which is below its limit.
+    assert_eq!(kinds(&bench), [Gate::RemotePrefill]);
+    bench.finish();
+}
+
+#[test]
 fn a_short_remote_prompt_stays_local_and_a_long_one_is_gated() {
     let mut bench = Bench::new(32, config(4));
     for len in [9, 10] {
@@ -578,7 +813,7 @@ fn blocks_that_a_peer_may_write_to_are_not_taken_for_an_older_sequence() {
     bench.submit(request(1, 17, 1, 0, 0), FOREVER);
     while bench.step() > 0 {}
     // 3 + 5 blocks are held, and the older one needs a fourth: it waits.
-    let [(gated, Gate::RemotePrefill)] = bench.gates[..] else {
+    let [(gated, Gate::RemotePrefill, None)] = bench.gates[..] else {
         panic!("one is gated");
     };
     assert_eq!(

@@ -3,6 +3,8 @@
 mod aggregated;
 mod disagg;
 mod fake;
+mod lower;
+mod shelf;
 
 use std::{
     collections::BTreeMap,
@@ -24,7 +26,10 @@ use futures::{FutureExt, StreamExt, future::BoxFuture};
 use parking_lot::Mutex;
 use tokio::runtime;
 
-use self::fake::{BLOCK_TOKENS, EOS, Fake, Hook, VOCAB};
+use self::{
+    fake::{BLOCK_TOKENS, EOS, Fake, Hook, VOCAB},
+    shelf::Shelf,
+};
 use super::*;
 use crate::{disagg::HandoffConfig, engine::RemotePrefill, scheduler::SchedulerConfig};
 
@@ -42,6 +47,8 @@ struct Setup {
     attempt_timeout: Duration,
     hook: Option<Hook>,
     fingerprint: u64,
+    /// A lower tier, the same for all ranks.
+    shelf: Option<Arc<Shelf>>,
 }
 
 impl Default for Setup {
@@ -62,6 +69,7 @@ impl Default for Setup {
             attempt_timeout: Duration::from_secs(20),
             hook: None,
             fingerprint: 7,
+            shelf: None,
         }
     }
 }
@@ -104,10 +112,15 @@ impl Setup {
             eos_token_ids: vec![EOS],
         };
         let hook = self.hook;
-        NativeEngine::start_with(&config, facts, &mut || {
+        let mut make_forward = || -> Result<Box<dyn Forward>, StartError> {
             Ok(Box::new(Fake { hook: hook.clone() }))
-        })
-        .expect("the configuration is valid")
+        };
+        let attach = |_, pool: &BlockPool| {
+            let shelf = self.shelf.as_ref()?;
+            Some(Shelf::below(shelf, pool))
+        };
+        NativeEngine::start_with(&config, facts, &mut make_forward, &attach)
+            .expect("the configuration is valid")
     }
 }
 
