@@ -351,6 +351,25 @@ fn shards_give_what_a_single_file_gives() {
 }
 
 #[test]
+fn one_bit_of_one_weight_makes_another_fingerprint() {
+    let copy = Copy::of("qwen3");
+    let path = copy.path().join("model.safetensors");
+    let of = |name| copy.load().expect("loads").kv_fingerprint(name);
+    let (before, other_name) = (of("a"), of("b"));
+    assert_ne!(before, other_name);
+    let mut tensors = read_tensors(&path);
+    // The same contents in a file that is written anew have the same name.
+    write_tensors(&path, &tensors);
+    assert_eq!(of("a"), before);
+    let tensor = "model.layers.1.mlp.down_proj.weight";
+    let bytes = &mut tensors.get_mut(tensor).expect("a tensor of it").2;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    write_tensors(&path, &tensors);
+    assert_ne!(of("a"), before);
+}
+
+#[test]
 fn both_forms_of_the_configuration_mean_the_same() {
     let new = Copy::of("llama");
     let old = Copy::of("llama")

@@ -17,7 +17,7 @@ use std::{sync::Arc, time::Duration};
 
 use blockplane_kvbm::EventFeed;
 use blockplane_protocol::{
-    DpRank, GenerateError, GenerateRequest, LoadReport, PrefillJob, TokenId, WorkerRole,
+    DpRank, GenerateError, GenerateRequest, KvLayout, LoadReport, PrefillJob, TokenId, WorkerRole,
 };
 use blockplane_transfer::Agent;
 use futures::future::BoxFuture;
@@ -92,8 +92,8 @@ impl MockEngine {
         model.validate()?;
         timing.validate()?;
         let facts = ModelFacts {
-            layout: kv::layout(model.layers, engine.block_tokens),
-            fingerprint: kv::fingerprint(&engine.model_name, model.vocab_size),
+            layout: model.kv_layout(engine.block_tokens),
+            fingerprint: model.kv_fingerprint(&engine.model_name),
             context_tokens_max: model.context_tokens_max,
             vocab_size: model.vocab_size,
             eos_token_ids: model.eos_token_ids.clone(),
@@ -121,6 +121,18 @@ impl MockModel {
             tokens.push(self.next_token(chain));
         }
         tokens.split_off(prompt.len())
+    }
+
+    /// The layout of its KV blocks of `block_tokens` tokens.
+    #[must_use]
+    pub fn kv_layout(&self, block_tokens: u32) -> KvLayout {
+        kv::layout(self.layers, block_tokens)
+    }
+
+    /// Names what it keeps in its blocks when it is served under `name`.
+    #[must_use]
+    pub fn kv_fingerprint(&self, name: &str) -> u64 {
+        kv::fingerprint(name, self.vocab_size)
     }
 
     /// The token after everything that `chain` stands for.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use blockplane_protocol::DType;
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
+use xxhash_rust::xxh3::Xxh3;
 
 use super::config::read_json;
 use super::error::LoadError;
@@ -112,6 +113,23 @@ impl Checkpoint {
             shards,
             tensors,
         })
+    }
+
+    /// Names the weights: equal where every tensor has the same name, type, shape and contents, in
+    /// however many files. Reads all of them.
+    pub(super) fn digest(&self) -> u64 {
+        let mut names: Vec<_> = self.tensors.iter().collect();
+        names.sort_unstable();
+        let mut digest = Xxh3::new();
+        for (name, &shard) in names {
+            let shard = &self.shards[shard];
+            if let Some(info) = shard.metadata.info(name) {
+                let (start, end) = info.data_offsets;
+                digest.update(format!("{name} {:?} {:?};", info.dtype, info.shape).as_bytes());
+                digest.update(&shard.map[shard.data + start..shard.data + end]);
+            }
+        }
+        digest.digest()
     }
 
     /// Finds a matrix of `rows x columns`.

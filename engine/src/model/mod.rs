@@ -14,6 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use blockplane_protocol::KvLayout;
+use xxhash_rust::xxh3::xxh3_64;
 
 use self::checkpoint::{Checkpoint, Place};
 use crate::ops::{Compute, CpuOps, CpuOptions, Isa, MatrixView, Ops};
@@ -36,6 +37,8 @@ pub struct Model<O: Ops = CpuOps> {
     config: ModelConfig,
     ops: O,
     checkpoint: Checkpoint,
+    /// Names the weights.
+    digest: u64,
     embedding: Place,
     layers: Vec<LayerWeights<O>>,
     norm: O::Vector,
@@ -120,8 +123,10 @@ impl<O: Ops<Error = std::io::Error>> Model<O> {
         let norm = loader.vector("model.norm.weight", hidden)?;
         let output = loader.pack(&[head])?;
         let rope_frequencies = loader.upload(&config.rope.inverse_frequencies)?;
+        let digest = checkpoint.digest();
         checkpoint.release();
         Ok(Self {
+            digest,
             embedding,
             layers,
             norm,
@@ -151,6 +156,16 @@ impl<O: Ops> Model<O> {
     #[must_use]
     pub fn kv_layout(&self, block_tokens: u32) -> KvLayout {
         self.config.kv_layout(block_tokens, self.ops.kv_dtype())
+    }
+
+    /// Names the keys and values that this model computes when it is served under `name`: workers
+    /// exchange KV, and find it again after a restart, only under the same fingerprint. It covers
+    /// every parameter and every weight; precision is part of the layout.
+    #[must_use]
+    pub fn kv_fingerprint(&self, name: &str) -> u64 {
+        // Debug output has every parameter that the KV depends on, by name.
+        let facts = format!("{name} {:?} {:016x}", self.config, self.digest);
+        xxh3_64(facts.as_bytes())
     }
 
     fn embedding(&self) -> MatrixView<'_> {

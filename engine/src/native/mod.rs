@@ -31,7 +31,6 @@ use blockplane_protocol::{
 };
 use futures::future::{BoxFuture, FutureExt, join_all};
 use tokio::sync::oneshot;
-use xxhash_rust::xxh3::xxh3_64;
 
 pub use config::{NativeConfig, PoolSize};
 pub(crate) use forward::Forward;
@@ -71,8 +70,7 @@ impl NativeEngine {
         let tokens = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let facts = ModelFacts {
             layout: model.kv_layout(config.block_tokens),
-            // Debug output has every parameter that the KV depends on, by name.
-            fingerprint: xxh3_64(format!("{} {parameters:?}", config.model_name).as_bytes()),
+            fingerprint: model.kv_fingerprint(&config.model_name),
             context_tokens_max: tokens(parameters.context_tokens_max),
             vocab_size: tokens(parameters.vocab_size),
             eos_token_ids: parameters.eos_token_ids.clone(),
