@@ -9,8 +9,9 @@
 
 mod budget;
 mod frequency;
-mod seen;
+mod recent;
 mod table;
+mod tail;
 mod wear;
 
 use std::{fmt, str::FromStr, time::Duration};
@@ -20,14 +21,21 @@ use thiserror::Error;
 
 pub use budget::{WriteBudget, WriteBudgetConfig, WriteBudgetError};
 use frequency::Frequency;
-use seen::Seen;
+use recent::Recent;
+use tail::Tail;
 pub use wear::Wear;
 
 /// Which blocks go to G3.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum AdmissionKind {
+    /// Blocks of requests of which at most `tokens` are new, that is, follow the longest prefix that
+    /// earlier requests had: conversations that go on, and short prompts. The default, with 6,144
+    /// tokens.
+    Tail {
+        /// Tokens.
+        tokens: u32,
+    },
     /// KVBM's filter: blocks that are written to G2 a second time before their count has decayed.
-    #[default]
     Frequency,
     /// The same, and hits in G2 count like writes.
     FrequencyHits,
@@ -56,7 +64,14 @@ pub struct AdmissionConfig {
     pub threshold: u32,
     /// Time after which the frequency rules lower all counts by one. Default 600 s, as in KVBM.
     pub decay: Duration,
+    /// Tokens of a block, for the rule about tails. Default 16.
+    pub block_tokens: u32,
 }
+
+/// Tokens of the longest new tail that is admitted by default; `docs/tuning-kvbm.md` says why.
+const TAIL_TOKENS: u32 = 6_144;
+/// References are counted up to here.
+const K_MAX: u32 = u16::MAX as u32;
 
 /// Why a block comes up for admission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,17 +100,26 @@ pub struct Admission {
 #[derive(Clone, Debug)]
 enum Rule {
     Frequency { counts: Frequency, hits: bool },
-    Seen { seen: Seen, k: u32 },
+    Seen { seen: Recent, k: u32 },
+    Tail(Tail),
     On(Option<Offer>),
 }
 
 /// A name that is no admission rule.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error(
-    "admission `{0}` is not known; accepted are frequency, frequency+hits, seen-k (as in seen-2), \
+    "admission `{0}` is not known; accepted are tail (as in tail-6144, in tokens), frequency, frequency+hits, seen-k (as in seen-2), \
      on-evict, all, none"
 )]
 pub struct UnknownAdmission(String);
+
+impl Default for AdmissionKind {
+    fn default() -> Self {
+        Self::Tail {
+            tokens: TAIL_TOKENS,
+        }
+    }
+}
 
 impl Default for AdmissionConfig {
     fn default() -> Self {
@@ -104,6 +128,7 @@ impl Default for AdmissionConfig {
             entries_max: 1_000_000,
             threshold: 2,
             decay: Duration::from_secs(600),
+            block_tokens: 16,
         }
     }
 }
@@ -130,9 +155,12 @@ impl Admission {
             AdmissionKind::Frequency => frequency(false),
             AdmissionKind::FrequencyHits => frequency(true),
             AdmissionKind::SeenK { k } => Rule::Seen {
-                seen: Seen::new(entries_max),
+                seen: Recent::new(entries_max),
                 k,
             },
+            AdmissionKind::Tail { tokens } => {
+                Rule::Tail(Tail::new(tokens, config.block_tokens, entries_max))
+            }
             AdmissionKind::OnEvict => Rule::On(Some(Offer::Evicting)),
             AdmissionKind::All => Rule::On(Some(Offer::Stored)),
             AdmissionKind::None => Rule::On(None),
@@ -142,11 +170,15 @@ impl Admission {
 
     /// A request asked for these blocks, from the first of its prompt on. To be told once for each
     /// request, before its blocks are offered.
-    pub fn referenced(&mut self, names: impl Iterator<Item = SequenceHash>) {
-        if let Rule::Seen { seen, .. } = &mut self.rule {
-            for name in names {
-                seen.refer(name.0);
+    pub fn referenced(&mut self, names: impl Iterator<Item = SequenceHash> + Clone) {
+        match &mut self.rule {
+            Rule::Seen { seen, .. } => {
+                for name in names {
+                    seen.update(name.0, |count| count.unwrap_or(0).saturating_add(1));
+                }
             }
+            Rule::Tail(tail) => tail.refer(names.map(|name| name.0)),
+            Rule::Frequency { .. } | Rule::On(_) => {}
         }
     }
 
@@ -158,7 +190,11 @@ impl Admission {
                 Offer::Hit => *hits && counts.count(now, block.name.0),
                 Offer::Evicting => false,
             },
-            Rule::Seen { seen, k } => offer != Offer::Evicting && seen.count(block.name.0) >= *k,
+            Rule::Seen { seen, k } => {
+                let count = seen.get(block.name.0).unwrap_or(0);
+                offer != Offer::Evicting && u32::from(count) >= *k
+            }
+            Rule::Tail(tail) => offer != Offer::Evicting && tail.admits(block.name.0),
             Rule::On(on) => *on == Some(offer),
         }
     }
@@ -169,6 +205,7 @@ impl Admission {
         match &self.rule {
             Rule::Frequency { counts, .. } => counts.len(),
             Rule::Seen { seen, .. } => seen.len(),
+            Rule::Tail(tail) => tail.len(),
             Rule::On(_) => 0,
         }
     }
@@ -185,6 +222,7 @@ impl Admission {
         match &self.rule {
             Rule::Frequency { counts, .. } => counts.bytes(),
             Rule::Seen { seen, .. } => seen.bytes(),
+            Rule::Tail(tail) => tail.bytes(),
             Rule::On(_) => 0,
         }
     }
@@ -195,18 +233,23 @@ impl FromStr for AdmissionKind {
 
     fn from_str(text: &str) -> Result<Self, UnknownAdmission> {
         let unknown = || UnknownAdmission(text.to_owned());
+        let number = |prefix| {
+            let digits = text.strip_prefix(prefix)?;
+            digits.parse().ok().filter(|&number| number > 0)
+        };
         Ok(match text {
+            "tail" => Self::default(),
             "frequency" => Self::Frequency,
             "frequency+hits" => Self::FrequencyHits,
             "seen-k" => Self::SeenK { k: 2 },
             "on-evict" => Self::OnEvict,
             "all" => Self::All,
             "none" => Self::None,
-            _ => {
-                let k = text.strip_prefix("seen-").ok_or_else(unknown)?;
-                let k = k.parse().ok().filter(|&k| k > 0).ok_or_else(unknown)?;
-                Self::SeenK { k }
-            }
+            _ => match (number("tail-"), number("seen-")) {
+                (Some(tokens), _) => Self::Tail { tokens },
+                (None, Some(k)) if k <= K_MAX => Self::SeenK { k },
+                _ => return Err(unknown()),
+            },
         })
     }
 }
@@ -214,6 +257,7 @@ impl FromStr for AdmissionKind {
 impl fmt::Display for AdmissionKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Tail { tokens } => write!(f, "tail-{tokens}"),
             Self::Frequency => f.write_str("frequency"),
             Self::FrequencyHits => f.write_str("frequency+hits"),
             Self::SeenK { k } => write!(f, "seen-{k}"),
@@ -260,11 +304,17 @@ mod tests {
         seen.referenced([SequenceHash(1)].into_iter());
         assert_eq!(offers(&mut seen, 1), [true, true, false]);
         assert_eq!((seen.len(), seen.is_empty()), (1, false));
+        let mut tail = admission("tail-32");
+        tail.referenced([1, 2].map(SequenceHash).into_iter());
+        tail.referenced([3, 4, 5].map(SequenceHash).into_iter());
+        assert_eq!(offers(&mut tail, 2), [true, true, false]);
+        assert_eq!(offers(&mut tail, 3), [false; 3]);
     }
 
     #[test]
     fn names_of_rules_are_read_and_written() {
         for name in [
+            "tail-4096",
             "frequency",
             "frequency+hits",
             "seen-3",
@@ -275,7 +325,8 @@ mod tests {
             assert_eq!(name.parse::<AdmissionKind>().unwrap().to_string(), name);
         }
         assert_eq!("seen-k".parse(), Ok(AdmissionKind::SeenK { k: 2 }));
-        for name in ["seen-0", "seen-", "freq", ""] {
+        assert_eq!("tail".parse(), Ok(AdmissionKind::default()));
+        for name in ["seen-0", "seen-70000", "seen-", "tail-x", "freq", ""] {
             let error = name.parse::<AdmissionKind>().unwrap_err();
             assert!(error.to_string().contains("accepted are"), "{error}");
         }
@@ -283,15 +334,18 @@ mod tests {
 
     #[test]
     fn memory_is_bounded() {
-        let config = AdmissionConfig {
-            entries_max: 1_000,
-            ..AdmissionKind::Frequency.into()
-        };
-        let mut admission = Admission::new(&config);
-        for name in 0..100_000 {
-            offers(&mut admission, name);
+        for kind in ["frequency", "seen-2", "tail"] {
+            let config = AdmissionConfig {
+                entries_max: 1_000,
+                ..kind.parse::<AdmissionKind>().unwrap().into()
+            };
+            let mut admission = Admission::new(&config);
+            for name in 0..100_000 {
+                admission.referenced([SequenceHash(name)].into_iter());
+                offers(&mut admission, name);
+            }
+            assert!(admission.len() <= 1_000);
+            assert!(admission.bytes() <= 64 * 1_000, "{}", admission.bytes());
         }
-        assert!(admission.len() <= 1_000);
-        assert!(admission.bytes() <= 64 * 1_000, "{}", admission.bytes());
     }
 }
