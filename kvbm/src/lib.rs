@@ -50,6 +50,8 @@ pub use admit::{
 };
 pub use arena::{ArenaError, KvArena};
 pub use block::{CompleteBlock, ImmutableBlock, MutableBlock, Quarantine};
-pub use events::{EventFeed, EventSubscription, KvBatch, KvSnapshot};
-pub use evict::{EvictionPolicy, Lru};
-pub use pool::{BlockPool, PoolConfig, PoolExhausted, PoolStats};
+pub use events::{
+    Consolidation, EventFeed, EventHub, EventSubscription, JoinError, KvBatch, KvSnapshot,
+};
+pub use evict::{EvictionKind, EvictionPolicy, Lru};
+pub use pool::{BlockPool, PoolBuilder, PoolConfig, PoolExhausted, PoolStats};

@@ -118,6 +118,7 @@ impl Model {
             cached: self.order.len(),
             active: self.leased + self.entries.len() - self.order.len(),
             quarantined: self.quarantined,
+            retired: 0,
         }
     }
 

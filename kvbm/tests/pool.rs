@@ -12,7 +12,7 @@ use std::{
 };
 
 use blockplane_kvbm::{BlockPool, ImmutableBlock, KvBatch, PoolConfig, PoolStats};
-use blockplane_protocol::{KvEventData, SaltHash, TokenBlock, TokenSequence};
+use blockplane_protocol::{BlockId, KvEventData, SaltHash, TokenBlock, TokenSequence};
 
 fn sequence(seed: u32, blocks: usize) -> Vec<TokenBlock> {
     let tokens: Vec<u32> = (0..).map(|i| seed * 1000 + i).take(blocks * 4).collect();
@@ -405,4 +405,119 @@ fn apply(known: &mut std::collections::BTreeSet<u64>, batch: Option<KvBatch>) {
             }
         }
     }
+}
+
+#[test]
+fn a_scan_does_not_stop_at_a_miss_and_handles_know_their_names() {
+    let pool = BlockPool::accounting(4, PoolConfig::default());
+    let prompt = sequence(1, 3);
+    drop(store(&pool, &prompt));
+    assert!(pool.forget(prompt[1].sequence));
+    let found = pool.scan(&prompt);
+    assert_eq!(pool.match_prefix(&prompt).len(), 1);
+    let names = found
+        .iter()
+        .map(|block| block.as_ref().map(ImmutableBlock::name));
+    assert!(names.eq([Some(prompt[0]), None, Some(prompt[2])]));
+    let tail = found[2].as_ref().unwrap();
+    assert_eq!(tail.parent(), Some(prompt[1].sequence));
+    assert_eq!(found[0].as_ref().unwrap().parent(), None);
+    let here = pool.contains_each(prompt.iter().map(|block| block.sequence));
+    assert_eq!(here, [true, false, true]);
+    assert_eq!((pool.stats().active, pool.stats().free), (2, 2));
+}
+
+#[test]
+fn victims_are_held_and_found_until_they_are_given_up() {
+    let pool = BlockPool::accounting(3, PoolConfig::default());
+    let prompts: Vec<_> = (0..3).map(|seed| sequence(seed, 1)).collect();
+    prompts.iter().for_each(|prompt| drop(store(&pool, prompt)));
+    pool.touch([prompts[0][0].sequence]);
+    let mut victims = pool.victims(2).into_iter();
+    let (first, second) = (victims.next().unwrap(), victims.next().unwrap());
+    assert_eq!(
+        [first.name(), second.name()],
+        [prompts[1][0], prompts[2][0]]
+    );
+    assert!(pool.allocate(2).is_err(), "they are held");
+
+    let hit = pool.match_prefix(&prompts[1]);
+    assert!(!first.forget_unshared(), "a request uses it by now");
+    assert!(pool.contains(prompts[1][0].sequence));
+    drop(hit);
+    assert!(second.forget_unshared());
+    assert!(!pool.contains(prompts[2][0].sequence));
+    assert_eq!((pool.stats().free, pool.stats().cached), (1, 2));
+    assert_eq!(pool.victims(9).len(), 2);
+}
+
+#[test]
+fn retired_slots_never_come_back() {
+    let pool = BlockPool::accounting(4, PoolConfig::default());
+    let prompt = sequence(1, 2);
+    pool.allocate(1).unwrap().remove(0).retire();
+    let held = store(&pool, &prompt);
+    let again = pool.match_prefix(&prompt);
+    let bad = held[1].id();
+    held.into_iter().nth(1).unwrap().retire();
+    assert_eq!(pool.peek_prefix(&prompt), 1, "the name is gone at once");
+    assert_eq!(pool.stats().retired, 1, "its second holder still reads it");
+    drop(again);
+    let stats = pool.stats();
+    assert_eq!((stats.retired, stats.free, stats.cached), (2, 1, 1));
+    let error = pool.allocate(3).unwrap_err();
+    assert_eq!((error.total, error.retryable()), (2, false));
+    assert!(
+        pool.allocate(2)
+            .unwrap()
+            .iter()
+            .all(|block| block.id() != bad)
+    );
+}
+
+#[test]
+fn a_forgotten_block_is_free_when_its_last_holder_is_gone() {
+    let pool = BlockPool::accounting(2, PoolConfig::default());
+    let prompt = sequence(1, 1);
+    let held = store(&pool, &prompt);
+    assert!(pool.forget(prompt[0].sequence));
+    assert!(!pool.forget(prompt[0].sequence));
+    assert!(pool.match_prefix(&prompt).is_empty());
+    assert_eq!(pool.stats().active, 1);
+    let second = store(&pool, &prompt);
+    assert_ne!(second[0].id(), held[0].id());
+    drop(held);
+    assert_eq!((pool.stats().free, pool.stats().active), (1, 1));
+    assert_eq!(pool.events().last_event_id(), 3);
+}
+
+#[test]
+fn what_was_on_disk_is_found_again_in_its_slots() {
+    let pool = BlockPool::accounting(8, PoolConfig::default());
+    let prompt = sequence(1, 3);
+    let taken = pool.allocate(1).unwrap();
+    let mut subscription = pool.events().subscribe(Some(0));
+    let blocks = [
+        (BlockId(6), prompt[0], None),
+        (BlockId(2), prompt[1], Some(prompt[0].sequence)),
+        (BlockId(2), prompt[2], Some(prompt[1].sequence)),
+        (BlockId(3), prompt[1], Some(prompt[0].sequence)),
+        (BlockId(4), prompt[2], Some(prompt[0].sequence)),
+        (taken[0].id(), prompt[2], Some(prompt[1].sequence)),
+        (BlockId(99), prompt[2], Some(prompt[1].sequence)),
+    ];
+    assert_eq!(pool.restore(blocks), 2);
+    let found = pool.match_prefix(&prompt);
+    let ids: Vec<u32> = found.iter().map(|block| block.id().0).collect();
+    assert_eq!(ids, [6, 2]);
+    assert_eq!(found[1].parent(), Some(prompt[0].sequence));
+    drop((found, taken));
+    let Ok(Some(KvBatch::Snapshot(snapshot))) = subscription.try_recv() else {
+        panic!("too much at once is told by a snapshot");
+    };
+    assert_eq!(snapshot.blocks.len(), 2);
+    let all = pool.allocate(8).unwrap();
+    let mut ids: Vec<u32> = all.iter().map(|block| block.id().0).collect();
+    ids.sort_unstable();
+    assert!(ids.into_iter().eq(0..8), "each slot once");
 }

@@ -322,6 +322,7 @@ fn rank_memory(
             rank,
             prefix_caching: config.prefix_caching,
             events_max: config.kv_events_max,
+            ..PoolConfig::default()
         },
     );
     let live_max = live_max(&config.scheduler);

@@ -64,6 +64,13 @@ impl MutableBlock {
         }
     }
 
+    /// Takes the slot out of use for good, as one that cannot be written: it counts as
+    /// [retired](crate::PoolStats::retired).
+    pub fn retire(self) {
+        let id = self.lease.id;
+        self.lease.dissolve().retire_lease(id);
+    }
+
     pub(crate) fn into_lease(self) -> Lease {
         self.lease
     }

@@ -1,35 +1,37 @@
-//! What changed in a pool, for those who keep an index of it.
+//! What changed in the pools of a rank, for those who keep an index of them.
+//!
+//! A pool tells its changes to one or more [`EventHub`]s: to one of its own, or to those that it
+//! joined. The hub of a rank has all tiers in which the rank finds blocks, some of which other ranks
+//! share.
 //!
 //! Every event has a number, one higher than the one before. A subscriber says which number it saw
 //! last; it gets what came after, or, when that is no longer kept, a snapshot of everything and
 //! then what came after the snapshot. So a subscriber is never told of a change that it cannot
-//! place, and a slow one costs the pool nothing.
+//! place, and a slow one costs the pools nothing.
 
-mod log;
+mod hub;
+mod present;
 mod ring;
 mod snapshot;
 
 use std::{
     fmt,
     future::poll_fn,
-    sync::{Arc, Weak},
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
 use blockplane_protocol::KvEvent;
+pub(crate) use hub::{Change, Membership, Wakeups};
+pub use hub::{Consolidation, EventHub, HUB_POOLS_MAX, JoinError};
+use hub::{SubscriberId, Take};
 pub use snapshot::KvSnapshot;
 
-use crate::pool::Shared;
-pub(crate) use log::{EventLog, Wakeups};
-use log::{SubscriberId, Take};
-pub(crate) use ring::Ring;
-
-/// Source of the events of one pool. Cheap to clone.
+/// Source of the events of one hub. Cheap to clone.
 #[derive(Clone)]
 pub struct EventFeed {
-    log: Arc<EventLog>,
-    pool: Weak<Shared>,
+    hub: Arc<EventHub>,
 }
 
 /// One subscriber's place in the events.
@@ -50,31 +52,31 @@ pub enum KvBatch {
 }
 
 impl EventFeed {
-    pub(crate) fn new(log: Arc<EventLog>, pool: Weak<Shared>) -> Self {
-        Self { log, pool }
+    pub(crate) fn new(hub: Arc<EventHub>) -> Self {
+        Self { hub }
     }
 
     /// Number of the last event; 0 before the first.
     #[must_use]
     pub fn last_event_id(&self) -> u64 {
-        self.log.last_id()
+        self.hub.last_id()
     }
 
     /// Events after number `from`. The first batch is a snapshot when `from` is `None`, or when the
-    /// event after it is no longer or not yet known. Numbers are of this pool: a subscriber of an
+    /// event after it is no longer or not yet known. Numbers are of this hub: a subscriber of an
     /// earlier life of the worker must pass `None`.
     #[must_use]
     pub fn subscribe(&self, from: Option<u64>) -> EventSubscription {
         EventSubscription {
             feed: self.clone(),
-            id: self.log.subscriber_id(),
+            id: self.hub.subscriber_id(),
             seen: from,
         }
     }
 }
 
 impl EventSubscription {
-    /// The next batch, or `None` when the pool is gone and everything was delivered.
+    /// The next batch, or `None` when a pool is gone and everything was delivered.
     ///
     /// Cancel safe, and not tied to an async runtime.
     pub async fn next(&mut self) -> Option<KvBatch> {
@@ -83,25 +85,25 @@ impl EventSubscription {
 
     /// [`EventSubscription::next`] for those who implement futures by hand.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<KvBatch>> {
-        match self.feed.log.take_or_wake(self.seen, self.id, cx.waker()) {
+        match self.feed.hub.take_or_wake(self.seen, self.id, cx.waker()) {
             Take::Nothing => Poll::Pending,
             other => Poll::Ready(self.deliver(other)),
         }
     }
 
-    /// Waits on this thread for at most `timeout`. `Ok(None)` when the pool is gone and everything
+    /// Waits on this thread for at most `timeout`. `Ok(None)` when a pool is gone and everything
     /// was delivered.
     ///
     /// # Errors
     /// [`NoEventYet`] when the time passed.
     pub fn recv_timeout(&mut self, timeout: Duration) -> Result<Option<KvBatch>, NoEventYet> {
-        match self.feed.log.take_within(self.seen, timeout) {
+        match self.feed.hub.take_within(self.seen, timeout) {
             Take::Nothing => Err(NoEventYet),
             other => Ok(self.deliver(other)),
         }
     }
 
-    /// What is there now. `Ok(None)` when the pool is gone and everything was delivered.
+    /// What is there now. `Ok(None)` when a pool is gone and everything was delivered.
     ///
     /// # Errors
     /// [`NoEventYet`] when there is nothing new.
@@ -116,7 +118,7 @@ impl EventSubscription {
                 Some(KvBatch::Events(events))
             }
             Take::TooFarBehind => {
-                let snapshot = self.feed.pool.upgrade()?.snapshot();
+                let snapshot = self.feed.hub.snapshot()?;
                 self.seen = Some(snapshot.last_event_id);
                 Some(KvBatch::Snapshot(snapshot))
             }
@@ -133,7 +135,7 @@ pub struct NoEventYet;
 
 impl Drop for EventSubscription {
     fn drop(&mut self) {
-        self.feed.log.forget_waker(self.id);
+        self.feed.hub.forget_waker(self.id);
     }
 }
 

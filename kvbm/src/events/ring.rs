@@ -66,20 +66,30 @@ impl Ring {
     pub(crate) fn push_stored(
         &mut self,
         parent: Option<SequenceHash>,
-        blocks: &[StoredBlock],
+        blocks: impl Iterator<Item = StoredBlock>,
         tier: Tier,
     ) {
-        let start = self.stored.extend(blocks);
-        self.push(Kind::Stored { parent, tier }, start, blocks.len());
+        let (start, count) = self.stored.extend(blocks);
+        self.push(Kind::Stored { parent, tier }, start, count);
     }
 
-    pub(crate) fn push_removed(&mut self, hashes: &[SequenceHash], tier: Tier) {
-        let start = self.removed.extend(hashes);
-        self.push(Kind::Removed { tier }, start, hashes.len());
+    pub(crate) fn push_removed(&mut self, hashes: impl Iterator<Item = SequenceHash>, tier: Tier) {
+        let (start, count) = self.removed.extend(hashes);
+        self.push(Kind::Removed { tier }, start, count);
     }
 
     pub(crate) fn push_cleared(&mut self) {
         self.push(Kind::Cleared, 0, 0);
+    }
+
+    /// Takes a number that stands for more changes than are told: whoever has not seen it needs a
+    /// snapshot.
+    pub(crate) fn skip(&mut self) {
+        self.last_id += 1;
+        self.heads.clear();
+        self.stored.clear();
+        self.removed.clear();
+        self.weight = 0;
     }
 
     /// Events from number `first` on, at least one and then as many as stay within `weight_max`
@@ -150,10 +160,15 @@ impl Head {
 }
 
 impl<T: Copy> Stream<T> {
-    fn extend(&mut self, items: &[T]) -> u64 {
-        let start = self.first + self.items.len() as u64;
+    /// Where the new items start, and how many they are.
+    fn extend(&mut self, items: impl Iterator<Item = T>) -> (u64, usize) {
+        let before = self.items.len();
         self.items.extend(items);
-        start
+        (self.first + before as u64, self.items.len() - before)
+    }
+
+    fn clear(&mut self) {
+        self.forget(self.items.len());
     }
 
     fn forget(&mut self, count: usize) {
@@ -223,9 +238,9 @@ mod tests {
             for (event_id, data) in (1..).zip(events) {
                 match &data {
                     KvEventData::Stored { parent, blocks, tier } => {
-                        ring.push_stored(*parent, blocks, *tier);
+                        ring.push_stored(*parent, blocks.iter().copied(), *tier);
                     }
-                    KvEventData::Removed { hashes, tier } => ring.push_removed(hashes, *tier),
+                    KvEventData::Removed { hashes, tier } => ring.push_removed(hashes.iter().copied(), *tier),
                     KvEventData::Cleared => ring.push_cleared(),
                 }
                 kept.push(KvEvent { event_id, rank, data });

@@ -2,7 +2,7 @@
 
 use blockplane_protocol::BlockId;
 
-use super::EvictionPolicy;
+use super::{EvictionPolicy, Released};
 
 /// Least recently used: the block that was released longest ago goes first, and a block never goes
 /// before an inactive block that continues its sequence.
@@ -64,11 +64,15 @@ impl EvictionPolicy for Lru {
         self.len = 0;
     }
 
-    fn insert(&mut self, block: BlockId, parent: Option<BlockId>) {
+    fn insert(&mut self, Released { block, parent, .. }: Released) {
         let absent = self.links[block.index()].next == ABSENT;
         assert!(absent, "block {} is in the list already", block.0);
+        let inactive = |parent: &BlockId| self.links[parent.index()].next != ABSENT;
         let newest_end = self.sentinel();
-        self.link_before(block.0, parent.map_or(newest_end, |parent| parent.0));
+        let next = parent
+            .filter(inactive)
+            .map_or(newest_end, |parent| parent.0);
+        self.link_before(block.0, next);
     }
 
     fn remove(&mut self, block: BlockId) {
@@ -84,6 +88,10 @@ impl EvictionPolicy for Lru {
         })
     }
 
+    fn clear(&mut self) {
+        self.resize(self.sentinel());
+    }
+
     fn len(&self) -> usize {
         self.len
     }
@@ -91,12 +99,22 @@ impl EvictionPolicy for Lru {
 
 #[cfg(test)]
 mod tests {
+    use blockplane_protocol::SequenceHash;
+
     use super::*;
 
     fn lru(blocks: u32) -> Lru {
         let mut lru = Lru::default();
         lru.resize(blocks);
         lru
+    }
+
+    fn insert(lru: &mut Lru, block: u32, parent: Option<u32>) {
+        lru.insert(Released {
+            block: BlockId(block),
+            name: SequenceHash(0),
+            parent: parent.map(BlockId),
+        });
     }
 
     fn drain(lru: &mut Lru) -> Vec<u32> {
@@ -107,7 +125,7 @@ mod tests {
     fn the_oldest_goes_first_and_removed_blocks_do_not_go() {
         let mut lru = lru(4);
         for block in [2, 0, 3, 1] {
-            lru.insert(BlockId(block), None);
+            insert(&mut lru, block, None);
         }
         lru.remove(BlockId(3));
         assert_eq!(lru.len(), 3);
@@ -118,11 +136,11 @@ mod tests {
     #[test]
     fn a_sequence_released_front_to_back_goes_back_to_front() {
         let mut lru = lru(6);
-        lru.insert(BlockId(5), None);
-        lru.insert(BlockId(0), None);
-        lru.insert(BlockId(1), Some(BlockId(0)));
-        lru.insert(BlockId(2), Some(BlockId(1)));
-        lru.insert(BlockId(4), None);
+        insert(&mut lru, 5, None);
+        insert(&mut lru, 0, None);
+        insert(&mut lru, 1, Some(0));
+        insert(&mut lru, 2, Some(1));
+        insert(&mut lru, 4, None);
         assert_eq!(drain(&mut lru), [5, 2, 1, 0, 4]);
     }
 
@@ -130,7 +148,7 @@ mod tests {
     #[should_panic(expected = "in the list already")]
     fn inserting_twice_is_a_bug() {
         let mut lru = lru(2);
-        lru.insert(BlockId(1), None);
-        lru.insert(BlockId(1), None);
+        insert(&mut lru, 1, None);
+        insert(&mut lru, 1, None);
     }
 }

@@ -1,10 +1,12 @@
 //! Which inactive block is overwritten first.
 
+mod kind;
 mod lru;
 
 use std::fmt::Debug;
 
-use blockplane_protocol::BlockId;
+use blockplane_protocol::{BlockId, SequenceHash};
+pub use kind::{EvictionKind, UnknownEviction};
 pub use lru::Lru;
 
 /// Orders the inactive blocks of one pool by how soon they may be overwritten.
@@ -16,15 +18,28 @@ pub trait EvictionPolicy: Debug + Send {
     /// later are below `blocks`.
     fn resize(&mut self, blocks: u32);
 
-    /// `block` became inactive. `parent` is the block before it in its sequence if that one is
-    /// inactive too: once it is gone `block` cannot be reached, so it should go after `block`.
-    fn insert(&mut self, block: BlockId, parent: Option<BlockId>);
+    /// `block` was stored under `name`, or a request asked for it, whether it is held or not.
+    fn used(&mut self, block: BlockId, name: SequenceHash) {
+        let _ = (block, name);
+    }
+
+    /// A block became inactive.
+    fn insert(&mut self, released: Released);
 
     /// `block` is in use again, or was forgotten for another reason.
     fn remove(&mut self, block: BlockId);
 
     /// Takes out the block to overwrite next.
     fn evict(&mut self) -> Option<BlockId>;
+
+    /// The contents of `block` have lost their name: what is there next is another block. Called
+    /// before [`EvictionPolicy::remove`] if it is inactive, after [`EvictionPolicy::evict`].
+    fn forget(&mut self, block: BlockId) {
+        let _ = block;
+    }
+
+    /// All contents have lost their names.
+    fn clear(&mut self);
 
     /// Inactive blocks.
     fn len(&self) -> usize;
@@ -33,4 +48,16 @@ pub trait EvictionPolicy: Debug + Send {
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
+
+/// A block that nobody holds any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Released {
+    /// Where it is.
+    pub block: BlockId,
+    /// The name it is found under.
+    pub name: SequenceHash,
+    /// The block before it in its sequence, if that is in the pool (held or inactive): once it is
+    /// gone `block` cannot be reached, so it should go after `block`.
+    pub parent: Option<BlockId>,
 }

@@ -1,23 +1,25 @@
-//! The G1 pool: allocation, sharing, eviction, and the events that tell others.
+//! The books of one tier: allocation, sharing, eviction, and the events that tell others.
 
+mod config;
+mod shared;
+mod slot;
 mod store;
 
 use std::{fmt, sync::Arc};
 
-use blockplane_protocol::{BlockId, DpRank, SequenceHash, StoredBlock, Tier, TokenBlock};
-use parking_lot::Mutex;
-use thiserror::Error;
+use blockplane_protocol::{BlockId, SequenceHash, TokenBlock};
+pub use config::{PoolConfig, PoolExhausted, PoolStats};
 
 use crate::{
     arena::KvArena,
     block::{CompleteBlock, ImmutableBlock, Lease, MutableBlock, Quarantine},
-    events::{EventFeed, EventLog, KvSnapshot, Ring, Wakeups},
-    evict::{EvictionPolicy, Lru},
+    events::{EventFeed, EventHub, JoinError},
+    evict::{EvictionKind, EvictionPolicy},
 };
-pub(crate) use store::HashIsUniform;
-use store::{Registered, Store};
+pub(crate) use shared::{HashIsUniform, Shared, lock_all};
+pub(crate) use store::Found;
 
-/// The blocks of one rank. Cheap to clone; all clones are the same pool. Handles keep the pool, and
+/// The blocks of one tier. Cheap to clone; all clones are the same pool. Handles keep the pool, and
 /// with it the arena, alive.
 ///
 /// One mutex guards the books; no operation does I/O, waits or runs foreign code under it.
@@ -26,90 +28,68 @@ pub struct BlockPool {
     shared: Arc<Shared>,
 }
 
-/// How a pool behaves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PoolConfig {
-    /// The rank that events name. Default 0.
-    pub rank: DpRank,
-    /// Keep released blocks and find them by their hash. Without it a released block is free at
-    /// once, nothing is matched and no event is emitted. Default `true`.
-    pub prefix_caching: bool,
-    /// Events kept for subscribers that are behind; an event that names several blocks counts once
-    /// per block. A subscriber that is further behind gets a snapshot. Worst case about 80 bytes
-    /// each. Default 65,536.
-    pub events_max: usize,
-}
-
-/// Where the blocks of a pool are. The four parts add up to `total`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PoolStats {
-    /// All blocks.
-    pub total: usize,
-    /// Blocks without contents.
-    pub free: usize,
-    /// Registered blocks held by nobody: found by their hash, evicted when room is needed.
-    pub cached: usize,
-    /// Blocks held by a handle.
-    pub active: usize,
-    /// Blocks a peer may still write to.
-    pub quarantined: usize,
-}
-
-/// Not enough blocks are free or evictable.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error("{wanted} blocks wanted, {available} of {total} are free or evictable")]
-pub struct PoolExhausted {
-    /// Blocks asked for.
-    pub wanted: usize,
-    /// Blocks that could have been had.
-    pub available: usize,
-    /// Blocks of the pool.
-    pub total: usize,
+/// A pool that is being described.
+#[derive(Debug)]
+#[must_use = "a description is not a pool"]
+pub struct PoolBuilder {
+    config: PoolConfig,
+    policy: Box<dyn EvictionPolicy>,
+    own_hub: bool,
 }
 
 impl BlockPool {
     /// A pool over all blocks of `arena` that evicts the least recently used first.
     #[must_use]
     pub fn new(arena: Arc<KvArena>, config: PoolConfig) -> Self {
-        Self::with_policy(arena, config, Box::<Lru>::default())
+        Self::builder(config).over(arena)
     }
 
-    /// A pool over all blocks of `arena` with an eviction policy of the caller's.
-    #[must_use]
-    pub fn with_policy(
-        arena: Arc<KvArena>,
-        config: PoolConfig,
-        policy: Box<dyn EvictionPolicy>,
-    ) -> Self {
-        Self::build(arena.blocks(), Some(arena), config, policy)
-    }
-
-    /// A pool of `blocks` blocks without memory behind them, for simulations.
+    /// A pool of `blocks` blocks without memory behind them that evicts the least recently used
+    /// first: for simulations, and for tiers whose ids name something else than memory.
+    ///
+    /// # Panics
+    /// When `blocks` is 2^32 - 2 or more.
     #[must_use]
     pub fn accounting(blocks: u32, config: PoolConfig) -> Self {
-        Self::build(blocks, None, config, Box::<Lru>::default())
+        Self::builder(config).accounting(blocks)
     }
 
-    fn build(
+    /// As [`BlockPool::accounting`], with an eviction policy of the caller's.
+    ///
+    /// # Panics
+    /// When `blocks` is 2^32 - 2 or more.
+    #[must_use]
+    pub fn accounting_with(
         blocks: u32,
-        arena: Option<Arc<KvArena>>,
         config: PoolConfig,
         policy: Box<dyn EvictionPolicy>,
     ) -> Self {
-        Self {
-            shared: Arc::new(Shared {
-                store: Mutex::new(Store::new(blocks, config.prefix_caching, policy)),
-                log: Arc::new(EventLog::new(config.rank, config.events_max)),
-                arena,
-                blocks: blocks as usize,
-            }),
+        Self::builder(config).policy(policy).accounting(blocks)
+    }
+
+    /// Describes a pool: least recently used first, with an event hub of its own.
+    pub fn builder(config: PoolConfig) -> PoolBuilder {
+        PoolBuilder {
+            config,
+            policy: EvictionKind::default().build(),
+            own_hub: true,
         }
+    }
+
+    /// Lets the pool tell its changes to `hub` too. Subscribers of the hub learn what the pool holds
+    /// already by a snapshot. Nothing changes when it is a member.
+    ///
+    /// # Errors
+    /// [`JoinError`] when the hub has ended or has [`HUB_POOLS_MAX`](crate::events::HUB_POOLS_MAX)
+    /// pools.
+    pub fn join(&self, hub: &Arc<EventHub>) -> Result<(), JoinError> {
+        hub.join(&self.shared).map(drop)
     }
 
     /// The memory of the blocks; `None` for a pool made by [`BlockPool::accounting`].
     #[must_use]
     pub fn arena(&self) -> Option<&Arc<KvArena>> {
-        self.shared.arena.as_ref()
+        self.shared.arena()
     }
 
     /// Takes `n` blocks to fill: free ones first, then the inactive ones that the eviction policy
@@ -118,46 +98,94 @@ impl BlockPool {
     /// # Errors
     /// [`PoolExhausted`] when fewer are free or inactive. Nothing is evicted then.
     pub fn allocate(&self, n: usize) -> Result<Vec<MutableBlock>, PoolExhausted> {
-        let shared = &self.shared;
-        let mut blocks = Vec::with_capacity(n.min(shared.blocks));
-        let wakeups = {
-            let mut store = shared.store.lock();
-            let evicted = store.allocate(n, |id| {
-                blocks.push(MutableBlock::new(Lease::new(Arc::clone(shared), id)));
-            })?;
-            (!evicted.is_empty()).then(|| {
-                let tier = Tier::Device;
-                shared.log.append(|ring| ring.push_removed(evicted, tier))
-            })
-        };
-        wakeups.into_iter().for_each(Wakeups::fire);
-        Ok(blocks)
+        self.shared.allocate(n)
     }
 
     /// Holds the longest prefix of `blocks` that is here, in order.
     #[must_use = "dropping the blocks makes them evictable"]
     pub fn match_prefix(&self, blocks: &[TokenBlock]) -> Vec<ImmutableBlock> {
-        let mut ids = Vec::new();
-        {
-            let mut store = self.shared.store.lock();
-            ids.extend(
+        self.shared.acquire(|store, found| {
+            found.extend(
                 blocks
                     .iter()
-                    .map_while(|block| Some((store.acquire(block.sequence)?, block.sequence))),
+                    .map_while(|block| store.acquire(block.sequence)),
             );
-        }
-        ids.into_iter()
-            .map(|(id, hash)| ImmutableBlock::counted(Arc::clone(&self.shared), id, hash))
-            .collect()
+        })
+    }
+
+    /// Holds each of `names` that is here; `None` in the place of one that is not.
+    #[must_use = "dropping the blocks makes them evictable"]
+    pub fn scan(&self, names: &[TokenBlock]) -> Vec<Option<ImmutableBlock>> {
+        let mut missing = Vec::with_capacity(names.len());
+        let found = self.shared.acquire(|store, found| {
+            for name in names {
+                let block = store.acquire(name.sequence);
+                missing.push(block.is_none());
+                found.extend(block);
+            }
+        });
+        let mut found = found.into_iter();
+        let block = |missing| if missing { None } else { found.next() };
+        missing.into_iter().map(block).collect()
+    }
+
+    /// Holds up to `n` blocks that would be evicted next, the first one first: to move them to
+    /// another tier before they are overwritten. They are still found by their names; give them up
+    /// with [`ImmutableBlock::forget_unshared`].
+    #[must_use = "dropping the blocks makes them the ones used last"]
+    pub fn victims(&self, n: usize) -> Vec<ImmutableBlock> {
+        self.shared
+            .acquire(|store, found| store.victims(n, |block| found.push(block)))
+    }
+
+    /// Whether a block of that name is here. It may have changed on return.
+    #[must_use]
+    pub fn contains(&self, name: SequenceHash) -> bool {
+        self.shared.books().store.contains(name)
+    }
+
+    /// [`BlockPool::contains`] for each of `names`, at one moment.
+    #[must_use]
+    pub fn contains_each(&self, names: impl IntoIterator<Item = SequenceHash>) -> Vec<bool> {
+        let books = self.shared.books();
+        let names = names.into_iter();
+        names.map(|name| books.store.contains(name)).collect()
+    }
+
+    /// Counts as a use of those of `names` that are here, without holding them.
+    pub fn touch(&self, names: impl IntoIterator<Item = SequenceHash>) {
+        let mut books = self.shared.books();
+        names.into_iter().for_each(|name| books.store.touch(name));
+    }
+
+    /// Takes a name away: it is not matched any more, and the block is free when its last holder is
+    /// gone. Emits `Removed`. False when no block of that name is here.
+    pub fn forget(&self, name: SequenceHash) -> bool {
+        self.shared
+            .forget(|store| store.forget(name).then_some(name))
+    }
+
+    /// Registers blocks that exist already (in a store that outlived its process), held by nobody,
+    /// each in the slot that it names. Give them in the order of their use, the oldest first, and
+    /// parents before children. Returns how many there are now: a slot that is out of range or in
+    /// use, a name that is taken, or one that does not belong to the tokens and the parent is left
+    /// out. Subscribers learn of them by a snapshot.
+    ///
+    /// A pool without prefix caching restores nothing.
+    pub fn restore(
+        &self,
+        blocks: impl IntoIterator<Item = (BlockId, TokenBlock, Option<SequenceHash>)>,
+    ) -> usize {
+        self.shared.restore(blocks.into_iter())
     }
 
     /// How many leading `blocks` are here. Holds nothing: it may have changed on return.
     #[must_use]
     pub fn peek_prefix(&self, blocks: &[TokenBlock]) -> usize {
-        let store = self.shared.store.lock();
+        let books = self.shared.books();
         blocks
             .iter()
-            .take_while(|block| store.contains(block.sequence))
+            .take_while(|block| books.store.contains(block.sequence))
             .count()
     }
 
@@ -185,173 +213,80 @@ impl BlockPool {
             );
         }
         {
-            let mut store = self.shared.store.lock();
+            let mut books = self.shared.books();
             for lease in &leases {
-                store.quarantine(lease.id());
+                books.store.quarantine(lease.id());
             }
         }
         Quarantine::counted(leases.into_iter().map(MutableBlock::new).collect())
     }
 
     /// Forgets all cached contents: nothing registered so far will be matched again, and held
-    /// blocks are free once they are released. Emits one `Cleared` event.
+    /// blocks are free once they are released. Emits one `Cleared` event, or sends the subscribers
+    /// of a hub with other pools a snapshot of what is left.
     pub fn clear(&self) {
-        let wakeups = {
-            let mut store = self.shared.store.lock();
-            store.clear();
-            self.shared.log.append(Ring::push_cleared)
-        };
-        wakeups.fire();
+        self.shared.clear();
     }
 
     /// Where the blocks are now.
     #[must_use]
     pub fn stats(&self) -> PoolStats {
-        self.shared.store.lock().stats()
+        self.shared.books().store.stats()
     }
 
-    /// The events of this pool. A feed does not keep the pool alive.
+    /// The events of the hub of this pool, the first one that it joined if there are several. They
+    /// end at once where there is none. A feed does not keep the pool alive.
     #[must_use]
     pub fn events(&self) -> EventFeed {
-        EventFeed::new(Arc::clone(&self.shared.log), Arc::downgrade(&self.shared))
+        self.shared.hub().feed()
     }
 }
 
-/// What all handles of a pool share. Lock order: `store`, then the log's own lock.
-pub(crate) struct Shared {
-    store: Mutex<Store>,
-    log: Arc<EventLog>,
-    arena: Option<Arc<KvArena>>,
-    blocks: usize,
-}
-
-impl Shared {
-    pub(crate) fn register(block: CompleteBlock) -> ImmutableBlock {
-        let (id, hashes, parent) = block.parts();
-        let pool = block.pool();
-        let mut wakeups = None;
-        let id = {
-            let mut store = pool.store.lock();
-            match store.register(id, hashes, parent) {
-                Registered::New => {
-                    let stored = [stored_block(hashes)];
-                    let push = |ring: &mut Ring| ring.push_stored(parent, &stored, Tier::Device);
-                    wakeups = Some(pool.log.append(push));
-                    id
-                }
-                Registered::Private => id,
-                Registered::Duplicate(first) => first,
-            }
-        };
-        wakeups.into_iter().for_each(Wakeups::fire);
-        ImmutableBlock::counted(block.into_lease().dissolve(), id, hashes.sequence)
+impl PoolBuilder {
+    /// Which block is overwritten first.
+    pub fn eviction(self, kind: EvictionKind) -> Self {
+        self.policy(kind.build())
     }
 
-    pub(crate) fn register_all(blocks: Vec<CompleteBlock>) -> Vec<ImmutableBlock> {
-        let Some(first) = blocks.first() else {
-            return Vec::new();
-        };
-        let pool = Arc::clone(first.pool());
-        for block in &blocks {
-            assert!(
-                Arc::ptr_eq(block.pool(), &pool),
-                "block {} is of another pool",
-                block.id().0
-            );
-        }
-        let mut ids = Vec::with_capacity(blocks.len());
-        let mut stored = Vec::with_capacity(blocks.len());
-        let mut wakeups = None;
-        {
-            let mut store = pool.store.lock();
-            for (own, hashes, parent) in blocks.iter().map(CompleteBlock::parts) {
-                ids.push(match store.register(own, hashes, parent) {
-                    Registered::New => {
-                        stored.push((parent, stored_block(hashes)));
-                        own
-                    }
-                    Registered::Private => own,
-                    Registered::Duplicate(first) => first,
-                });
-            }
-            if !stored.is_empty() {
-                wakeups = Some(pool.log.append(|ring| push_runs(ring, &stored)));
-            }
-        }
-        wakeups.into_iter().for_each(Wakeups::fire);
-        blocks
-            .into_iter()
-            .zip(ids)
-            .map(|(block, id)| {
-                let hash = block.hash();
-                ImmutableBlock::counted(block.into_lease().dissolve(), id, hash)
-            })
-            .collect()
+    /// An eviction policy of the caller's.
+    pub fn policy(mut self, policy: Box<dyn EvictionPolicy>) -> Self {
+        self.policy = policy;
+        self
     }
 
-    pub(crate) fn release_lease(&self, id: BlockId) {
-        self.store.lock().release_lease(id);
+    /// The pool has no event hub of its own; its events go to those that it
+    /// [joins](BlockPool::join).
+    pub fn without_own_events(mut self) -> Self {
+        self.own_hub = false;
+        self
     }
 
-    pub(crate) fn lift_quarantine(&self, ids: impl Iterator<Item = BlockId>) {
-        let mut store = self.store.lock();
-        ids.for_each(|id| store.lift_quarantine(id));
-    }
-
-    pub(crate) fn retain(&self, id: BlockId) {
-        self.store.lock().retain(id);
-    }
-
-    pub(crate) fn release(&self, id: BlockId, hash: SequenceHash) {
-        self.store.lock().release(id, hash);
-    }
-
-    /// What can be found now, and the event it is the state after.
-    pub(crate) fn snapshot(&self) -> KvSnapshot {
-        let (last_event_id, blocks) = {
-            let store = self.store.lock();
-            (self.log.last_id(), store.published())
-        };
-        KvSnapshot::sorted(last_event_id, blocks)
-    }
-}
-
-/// One `Stored` event for each run of blocks that follow one another.
-fn push_runs(ring: &mut Ring, stored: &[(Option<SequenceHash>, StoredBlock)]) {
-    for run in stored.chunk_by(|(_, before), (parent, _)| *parent == Some(before.sequence)) {
-        let blocks: Vec<StoredBlock> = run.iter().map(|(_, block)| *block).collect();
-        ring.push_stored(run[0].0, &blocks, Tier::Device);
-    }
-}
-
-fn stored_block(hashes: TokenBlock) -> StoredBlock {
-    StoredBlock {
-        block: hashes.block,
-        sequence: hashes.sequence,
-    }
-}
-
-impl Drop for Shared {
-    fn drop(&mut self) {
-        self.log.close();
-    }
-}
-
-impl Default for PoolConfig {
-    fn default() -> Self {
-        Self {
-            rank: DpRank::default(),
-            prefix_caching: true,
-            events_max: 65_536,
-        }
-    }
-}
-
-impl PoolExhausted {
-    /// Whether the same call may succeed later: not if the pool is too small altogether.
+    /// A pool over all blocks of `arena`.
     #[must_use]
-    pub const fn retryable(&self) -> bool {
-        self.wanted <= self.total
+    pub fn over(self, arena: Arc<KvArena>) -> BlockPool {
+        self.build(arena.blocks(), Some(arena))
+    }
+
+    /// A pool of `blocks` blocks without memory behind them.
+    ///
+    /// # Panics
+    /// When `blocks` is 2^32 - 2 or more.
+    #[must_use]
+    pub fn accounting(self, blocks: u32) -> BlockPool {
+        self.build(blocks, None)
+    }
+
+    fn build(self, blocks: u32, arena: Option<Arc<KvArena>>) -> BlockPool {
+        let shared = Shared::new(blocks, arena, self.config, self.policy);
+        if self.own_hub {
+            let PoolConfig {
+                rank, events_max, ..
+            } = self.config;
+            EventHub::new(rank, events_max, crate::events::Consolidation::Passthrough)
+                .join(&shared)
+                .expect("a new hub has room");
+        }
+        BlockPool { shared }
     }
 }
 

@@ -1,60 +1,44 @@
 //! The books of a pool: which state each slot is in, and which slot a hash names. No lock, no
 //! memory, no events; the pool adds those.
 
-use std::{
-    collections::{HashMap, hash_map::Entry},
-    hash::{BuildHasherDefault, Hasher},
-};
+use blockplane_protocol::{BlockId, SequenceHash, SnapshotBlock, StoredBlock, Tier, TokenBlock};
+use hashbrown::{HashTable, hash_table::Entry};
 
-use blockplane_protocol::{
-    BlockHash, BlockId, SequenceHash, SnapshotBlock, StoredBlock, Tier, TokenBlock,
+use super::{
+    PoolExhausted, PoolStats,
+    slot::{BLOCKS_END, Slot, State},
 };
-
-use super::{PoolExhausted, PoolStats};
-use crate::evict::EvictionPolicy;
+use crate::evict::{EvictionPolicy, Released};
 
 /// State of every slot of a pool.
 ///
-/// Each slot is in exactly one place: the free list, a handle (leased, quarantined or shared), or
-/// the eviction policy. The registry names exactly the published slots.
+/// Each slot is in exactly one place: the free list, a handle (leased, quarantined or held), the
+/// eviction policy, or out of use. The registry names exactly the published slots.
+///
+/// Memory per block: 32 bytes for the slot, 4 in the free list, 12 to 23 in the registry (5 bytes a
+/// bucket, which are a power of two and at least 16/7 of the blocks), and what the policy needs.
 #[derive(Debug)]
 pub(crate) struct Store {
     slots: Box<[Slot]>,
     /// Last in, first out: the block used last is the warmest.
     free: Vec<BlockId>,
-    registry: HashMap<SequenceHash, BlockId, BuildHasherDefault<HashIsUniform>>,
+    /// Slots by the names in them, which are uniform already.
+    registry: HashTable<u32>,
     policy: Box<dyn EvictionPolicy>,
     prefix_caching: bool,
-    /// What the last allocation evicted; kept for its capacity.
-    evicted: Vec<SequenceHash>,
+    /// Names that the last operation took away; kept for its capacity.
+    removed: Vec<SequenceHash>,
     active: usize,
     quarantined: usize,
+    retired: usize,
 }
 
-#[derive(Clone, Debug)]
-struct Slot {
-    state: State,
-    /// Below here: meaningful in the states `Shared` and `Inactive`.
-    hashes: TokenBlock,
-    parent: Option<SequenceHash>,
-    /// Where the parent was when this block was registered; checked against `parent` on use.
-    parent_slot: Option<BlockId>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Free,
-    /// Owned by one handle that may write.
-    Leased,
-    /// Owned by one handle; a peer may write.
-    Quarantined,
-    /// Registered and held; the registry names it if `published`.
-    Shared {
-        holders: u32,
-        published: bool,
-    },
-    /// Registered and held by nobody; the registry names it and the policy orders it.
-    Inactive,
+/// A registered block as it is in the books.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Found {
+    pub(crate) id: BlockId,
+    pub(crate) hashes: TokenBlock,
+    pub(crate) parent: Option<SequenceHash>,
 }
 
 /// What became of a block that was registered.
@@ -74,29 +58,19 @@ impl Store {
         prefix_caching: bool,
         mut policy: Box<dyn EvictionPolicy>,
     ) -> Self {
+        assert!(blocks < BLOCKS_END, "a pool has fewer than 2^32 - 2 blocks");
         policy.resize(blocks);
-        let slot = Slot {
-            state: State::Free,
-            hashes: TokenBlock {
-                block: BlockHash(0),
-                sequence: SequenceHash(0),
-            },
-            parent: None,
-            parent_slot: None,
-        };
         Self {
-            slots: vec![slot; blocks as usize].into(),
+            slots: vec![Slot::FREE; blocks as usize].into(),
             free: (0..blocks).rev().map(BlockId).collect(),
             // Twice the names it will ever hold: a full table pays for every removal.
-            registry: HashMap::with_capacity_and_hasher(
-                2 * blocks as usize * usize::from(prefix_caching),
-                BuildHasherDefault::default(),
-            ),
+            registry: HashTable::with_capacity(2 * blocks as usize * usize::from(prefix_caching)),
             policy,
             prefix_caching,
-            evicted: Vec::new(),
+            removed: Vec::new(),
             active: 0,
             quarantined: 0,
+            retired: 0,
         }
     }
 
@@ -107,9 +81,17 @@ impl Store {
             cached: self.policy.len(),
             active: self.active,
             quarantined: self.quarantined,
+            retired: self.retired,
         };
+        let parts = [
+            stats.free,
+            stats.cached,
+            stats.active,
+            stats.quarantined,
+            stats.retired,
+        ];
         assert!(
-            stats.free + stats.cached + stats.active + stats.quarantined == stats.total,
+            parts.iter().sum::<usize>() == stats.total,
             "every block is in one place: {stats:?}"
         );
         stats
@@ -127,27 +109,34 @@ impl Store {
             return Err(PoolExhausted {
                 wanted,
                 available,
-                total: self.slots.len(),
+                total: self.slots.len() - self.retired,
             });
         }
-        self.evicted.clear();
+        self.removed.clear();
         for _ in 0..wanted {
             let id = self.free.pop().unwrap_or_else(|| self.evict());
-            self.slots[id.index()].state = State::Leased;
+            self.slots[id.index()].set_state(State::Leased);
             lease(id);
         }
         self.active += wanted;
-        Ok(&self.evicted)
+        Ok(&self.removed)
     }
 
     /// A leased or quarantined block is free again.
     pub(crate) fn release_lease(&mut self, id: BlockId) {
-        match self.slots[id.index()].state {
+        match self.slots[id.index()].state() {
             State::Leased => self.active -= 1,
             State::Quarantined => self.quarantined -= 1,
             state => unreachable!("block {} has a lease and is {state:?}", id.0),
         }
         self.free_slot(id);
+    }
+
+    /// A leased block is never used again.
+    pub(crate) fn retire_lease(&mut self, id: BlockId) {
+        self.replace_state(id, State::Leased, State::Retired);
+        self.active -= 1;
+        self.retired += 1;
     }
 
     pub(crate) fn quarantine(&mut self, id: BlockId) {
@@ -170,18 +159,13 @@ impl Store {
         parent: Option<SequenceHash>,
     ) -> Registered {
         assert!(
-            self.slots[id.index()].state == State::Leased,
+            self.slots[id.index()].state() == State::Leased,
             "only a leased block is registered"
         );
         let outcome = if self.prefix_caching {
-            match self.registry.entry(hashes.sequence) {
-                Entry::Occupied(first) => Registered::Duplicate(*first.get()),
-                Entry::Vacant(name) => {
-                    name.insert(id);
-                    Registered::New
-                }
-            }
+            self.publish(id, hashes, parent)
         } else {
+            self.slots[id.index()].fill(State::Unnamed, hashes, parent, None);
             Registered::Private
         };
         if let Registered::Duplicate(first) = outcome {
@@ -189,137 +173,259 @@ impl Store {
             self.active -= 1;
             self.free_slot(id);
         } else {
-            let parent_slot = parent.and_then(|parent| self.registry.get(&parent).copied());
-            self.slots[id.index()] = Slot {
-                state: State::Shared {
-                    holders: 1,
-                    published: outcome == Registered::New,
-                },
-                hashes,
-                parent,
-                parent_slot,
-            };
+            self.slots[id.index()].hold();
         }
         // Invariant 8: one name per block at most.
         assert!(self.registry.len() <= self.slots.len());
         outcome
     }
 
+    /// Puts a block that exists already into the free slot `id`, inactive. False when the slot is
+    /// not free or the name is taken. [`Store::restored`] must follow the last one.
+    pub(crate) fn restore(
+        &mut self,
+        id: BlockId,
+        hashes: TokenBlock,
+        parent: Option<SequenceHash>,
+    ) -> bool {
+        let free = self
+            .slots
+            .get(id.index())
+            .is_some_and(|slot| slot.state() == State::Free);
+        if !free || !self.prefix_caching || self.contains(hashes.sequence) {
+            return false;
+        }
+        self.publish(id, hashes, parent);
+        self.make_inactive(id);
+        true
+    }
+
+    /// Takes the slots that [`Store::restore`] filled out of the free list.
+    pub(crate) fn restored(&mut self) {
+        let slots = &self.slots;
+        self.free
+            .retain(|id| slots[id.index()].state() == State::Free);
+    }
+
     /// Holds the block named `hash`, if it is there.
-    pub(crate) fn acquire(&mut self, hash: SequenceHash) -> Option<BlockId> {
-        let id = *self.registry.get(&hash)?;
-        // Invariants 1 and 2: only a complete block has a name, and it is its own.
-        assert!(
-            self.slots[id.index()].hashes.sequence == hash,
-            "block {} is found under another name than its own",
-            id.0
-        );
+    pub(crate) fn acquire(&mut self, hash: SequenceHash) -> Option<Found> {
+        let id = self.named(hash)?;
         self.hold(id);
-        Some(id)
+        Some(self.found(id))
     }
 
     pub(crate) fn contains(&self, hash: SequenceHash) -> bool {
-        self.registry.contains_key(&hash)
+        self.named(hash).is_some()
+    }
+
+    /// A registered block that is held.
+    pub(crate) fn found(&self, id: BlockId) -> Found {
+        let slot = &self.slots[id.index()];
+        Found {
+            id,
+            hashes: slot.hashes(),
+            parent: slot.parent(),
+        }
+    }
+
+    /// Counts as a use of the block named `hash`, without holding it.
+    pub(crate) fn touch(&mut self, hash: SequenceHash) {
+        let Some(id) = self.named(hash) else {
+            return;
+        };
+        self.policy.used(id, hash);
+        if self.slots[id.index()].state() == State::Inactive {
+            self.policy.remove(id);
+            let released = self.released(id);
+            self.policy.insert(released);
+        }
+    }
+
+    /// Holds up to `n` blocks that would be evicted next; they keep their names.
+    pub(crate) fn victims(&mut self, n: usize, mut hold: impl FnMut(Found)) {
+        for _ in 0..n {
+            let Some(id) = self.policy.evict() else {
+                return;
+            };
+            self.replace_state(id, State::Inactive, State::Named);
+            self.slots[id.index()].hold();
+            self.active += 1;
+            hold(self.found(id));
+        }
     }
 
     /// One more holder of a block that is held already.
     pub(crate) fn retain(&mut self, id: BlockId) {
-        let State::Shared { holders, .. } = &mut self.slots[id.index()].state else {
-            unreachable!("block {} is held and not shared", id.0);
-        };
-        *holders += 1;
+        let slot = &mut self.slots[id.index()];
+        assert!(slot.holders() > 0, "block {} is held", id.0);
+        slot.hold();
     }
 
     /// One holder less; the last one leaves the block inactive, or free if nobody can find it.
     pub(crate) fn release(&mut self, id: BlockId, hash: SequenceHash) {
         let slot = &mut self.slots[id.index()];
         assert!(
-            slot.hashes.sequence == hash,
+            slot.name() == hash,
             "invariant 2: block {} changed its name while it was held",
             id.0
         );
-        let State::Shared { holders, published } = &mut slot.state else {
-            unreachable!("block {} is held and not shared", id.0);
-        };
-        *holders -= 1;
-        if *holders > 0 {
+        if slot.release() > 0 {
             return;
         }
         self.active -= 1;
-        if *published {
-            slot.state = State::Inactive;
-            let parent = self.inactive_parent(id);
-            self.policy.insert(id, parent);
-        } else {
-            self.free_slot(id);
+        match slot.state() {
+            State::Named => self.make_inactive(id),
+            State::Unnamed => self.free_slot(id),
+            State::Condemned => {
+                slot.set_state(State::Retired);
+                self.retired += 1;
+            }
+            state => unreachable!("block {} is held and {state:?}", id.0),
         }
+    }
+
+    /// Takes the name away: the block is free when its last holder is gone. False when there is
+    /// none of that name.
+    pub(crate) fn forget(&mut self, hash: SequenceHash) -> bool {
+        let Some(id) = self.named(hash) else {
+            return false;
+        };
+        self.unname(id);
+        self.policy.forget(id);
+        match self.slots[id.index()].state() {
+            State::Inactive => {
+                self.policy.remove(id);
+                self.free_slot(id);
+            }
+            _held => self.replace_state(id, State::Named, State::Unnamed),
+        }
+        true
+    }
+
+    /// Takes the name of a held block away, if it still has it.
+    pub(crate) fn withdraw(&mut self, id: BlockId) -> bool {
+        let slot = &self.slots[id.index()];
+        slot.state() == State::Named && self.forget(slot.name())
+    }
+
+    /// The slot of a held block that has no name is not used again.
+    pub(crate) fn condemn(&mut self, id: BlockId) {
+        if self.slots[id.index()].state() == State::Unnamed {
+            self.slots[id.index()].set_state(State::Condemned);
+        }
+    }
+
+    pub(crate) fn holders(&self, id: BlockId) -> u32 {
+        self.slots[id.index()].holders()
     }
 
     /// Forgets every name. Inactive blocks are free; held ones will be when they are released.
     pub(crate) fn clear(&mut self) {
-        while let Some(id) = self.policy.evict() {
-            self.free_slot(id);
-        }
-        for id in self.registry.drain().map(|(_, id)| id) {
-            if let State::Shared { published, .. } = &mut self.slots[id.index()].state {
-                *published = false;
+        self.policy.clear();
+        for index in self.registry.drain() {
+            let slot = &mut self.slots[index as usize];
+            match slot.state() {
+                State::Named => slot.set_state(State::Unnamed),
+                State::Inactive => {
+                    slot.set_state(State::Free);
+                    self.free.push(BlockId(index));
+                }
+                state => unreachable!("block {index} has a name and is {state:?}"),
             }
         }
+    }
+
+    /// Everything that can be found, in no particular order.
+    pub(crate) fn names(&self) -> impl ExactSizeIterator<Item = SequenceHash> + '_ {
+        let slots = &self.slots;
+        self.registry
+            .iter()
+            .map(|&index| slots[index as usize].name())
     }
 
     /// Everything that can be found, with parents, in no particular order.
-    pub(crate) fn published(&self) -> Vec<SnapshotBlock> {
-        let mut found = Vec::with_capacity(self.registry.len());
-        found.extend(
-            self.slots
-                .iter()
-                .filter(|slot| slot.published())
-                .map(|slot| SnapshotBlock {
-                    parent: slot.parent,
-                    block: StoredBlock {
-                        block: slot.hashes.block,
-                        sequence: slot.hashes.sequence,
-                    },
-                    tier: Tier::Device,
-                }),
+    pub(crate) fn published(&self, tier: Tier) -> impl Iterator<Item = SnapshotBlock> + '_ {
+        let slots = self.slots.iter().filter(|slot| slot.published());
+        slots.map(move |slot| SnapshotBlock {
+            parent: slot.parent(),
+            block: stored_block(slot.hashes()),
+            tier,
+        })
+    }
+
+    fn named(&self, hash: SequenceHash) -> Option<BlockId> {
+        let slots = &self.slots;
+        // Invariants 1 and 2: only a complete block has a name, and it is its own.
+        self.registry
+            .find(hash.0, |&index| slots[index as usize].name() == hash)
+            .map(|&index| BlockId(index))
+    }
+
+    fn publish(
+        &mut self,
+        id: BlockId,
+        hashes: TokenBlock,
+        parent: Option<SequenceHash>,
+    ) -> Registered {
+        let parent_slot = parent.and_then(|parent| self.named(parent));
+        let slots = &self.slots;
+        let entry = self.registry.entry(
+            hashes.sequence.0,
+            |&index| slots[index as usize].name() == hashes.sequence,
+            |&index| slots[index as usize].name().0,
         );
-        assert!(
-            found.len() == self.registry.len(),
-            "each published block has its name"
-        );
-        found
+        match entry {
+            Entry::Occupied(first) => return Registered::Duplicate(BlockId(*first.get())),
+            Entry::Vacant(name) => name.insert(id.0),
+        };
+        self.slots[id.index()].fill(State::Named, hashes, parent, parent_slot);
+        self.policy.used(id, hashes.sequence);
+        Registered::New
     }
 
     fn hold(&mut self, id: BlockId) {
-        match &mut self.slots[id.index()].state {
-            State::Shared { holders, .. } => *holders += 1,
-            state @ State::Inactive => {
-                *state = State::Shared {
-                    holders: 1,
-                    published: true,
-                };
+        let slot = &mut self.slots[id.index()];
+        slot.hold();
+        let name = slot.name();
+        match slot.state() {
+            State::Named => {}
+            State::Inactive => {
+                slot.set_state(State::Named);
                 self.policy.remove(id);
                 self.active += 1;
             }
-            state @ (State::Free | State::Leased | State::Quarantined) => {
-                unreachable!("block {} has a name and is {state:?}", id.0)
-            }
+            state => unreachable!("block {} has a name and is {state:?}", id.0),
+        }
+        self.policy.used(id, name);
+    }
+
+    fn make_inactive(&mut self, id: BlockId) {
+        self.slots[id.index()].set_state(State::Inactive);
+        let released = self.released(id);
+        self.policy.insert(released);
+    }
+
+    /// What the policy is told of a block that nobody holds any more.
+    fn released(&self, block: BlockId) -> Released {
+        let slot = &self.slots[block.index()];
+        Released {
+            block,
+            name: slot.name(),
+            parent: self.parent_slot(slot),
         }
     }
 
-    /// The slot of the block before `id`, if that block is inactive.
-    fn inactive_parent(&self, id: BlockId) -> Option<BlockId> {
-        let child = &self.slots[id.index()];
-        let parent = child.parent?;
-        let is_parent = |slot: &BlockId| {
-            let candidate = &self.slots[slot.index()];
-            candidate.state == State::Inactive && candidate.hashes.sequence == parent
+    /// The slot of the block before the one in `slot`, if that is here under its name.
+    fn parent_slot(&self, slot: &Slot) -> Option<BlockId> {
+        let parent = slot.parent()?;
+        let is_parent = |id: &BlockId| {
+            let candidate = &self.slots[id.index()];
+            candidate.name() == parent && candidate.published()
         };
-        child.parent_slot.filter(is_parent).or_else(|| {
-            // Where it was is overwritten; it may have been computed again elsewhere.
-            let elsewhere = *self.registry.get(&parent)?;
-            Some(elsewhere).filter(is_parent)
-        })
+        // Where it was may be overwritten; it may have been computed again elsewhere.
+        slot.parent_slot()
+            .filter(is_parent)
+            .or_else(|| self.named(parent))
     }
 
     /// Takes the next victim and its name away.
@@ -328,53 +434,38 @@ impl Store {
             .policy
             .evict()
             .expect("the policy said how many it has");
-        let slot = &self.slots[id.index()];
         assert!(
-            slot.state == State::Inactive,
+            self.slots[id.index()].state() == State::Inactive,
             "only an inactive block is evicted"
         );
-        let named = self.registry.remove(&slot.hashes.sequence);
-        assert!(named == Some(id), "an inactive block has its name");
-        self.evicted.push(slot.hashes.sequence);
+        self.policy.forget(id);
+        self.unname(id);
+        self.removed.push(self.slots[id.index()].name());
         id
     }
 
+    fn unname(&mut self, id: BlockId) {
+        let name = self.slots[id.index()].name();
+        let entry = self.registry.find_entry(name.0, |&index| index == id.0);
+        entry.expect("a published block has its name").remove();
+    }
+
     fn replace_state(&mut self, id: BlockId, from: State, to: State) {
-        let state = &mut self.slots[id.index()].state;
-        assert!(*state == from, "block {} is {state:?}", id.0);
-        *state = to;
+        let slot = &mut self.slots[id.index()];
+        let state = slot.state();
+        assert!(state == from, "block {} is {state:?}", id.0);
+        slot.set_state(to);
     }
 
     fn free_slot(&mut self, id: BlockId) {
-        self.slots[id.index()].state = State::Free;
+        self.slots[id.index()].set_state(State::Free);
         self.free.push(id);
     }
 }
 
-impl Slot {
-    fn published(&self) -> bool {
-        match self.state {
-            State::Inactive => true,
-            State::Shared { published, .. } => published,
-            State::Free | State::Leased | State::Quarantined => false,
-        }
-    }
-}
-
-/// Takes a hash for what it is: sequence hashes are uniform already.
-#[derive(Debug, Default)]
-pub(crate) struct HashIsUniform(u64);
-
-impl Hasher for HashIsUniform {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, _bytes: &[u8]) {
-        unreachable!("only 64-bit hashes are keys here");
-    }
-
-    fn write_u64(&mut self, hash: u64) {
-        self.0 = hash;
+pub(crate) fn stored_block(hashes: TokenBlock) -> StoredBlock {
+    StoredBlock {
+        block: hashes.block,
+        sequence: hashes.sequence,
     }
 }
