@@ -14,8 +14,13 @@ pub(crate) trait Below: Send + Sync + fmt::Debug {
     /// [`KvBlocks::extend_prefix`](crate::scheduler::KvBlocks::extend_prefix).
     fn extend_prefix(&self, prefix: Vec<ImmutableBlock>, blocks: &[TokenBlock]) -> Found<KvPool>;
 
-    /// Offers readable blocks, consecutive ones of one sequence, to be copied.
-    fn offload(&self, blocks: &[ImmutableBlock]);
+    /// Notes that a request asks for these blocks, from the first of its prompt on. To be told once
+    /// for each request.
+    fn referenced(&self, blocks: &[TokenBlock]);
+
+    /// Offers readable blocks, consecutive ones of one sequence, to be copied. They are not held for
+    /// it: what is overwritten before its turn comes is not copied.
+    fn offload(&self, blocks: &[TokenBlock]);
 }
 
 /// Blocks held in lower tiers for one sequence, until they are loaded or this is dropped.

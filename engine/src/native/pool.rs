@@ -20,6 +20,13 @@ impl KvPool {
         Self { pool, below }
     }
 
+    /// Notes that a request asks for these blocks, once for each request.
+    pub(crate) fn referenced(&self, blocks: &[TokenBlock]) {
+        if let Some(below) = &self.below {
+            below.referenced(blocks);
+        }
+    }
+
     /// Whether there are tiers below the pool.
     pub(crate) fn has_lower_tiers(&self) -> bool {
         self.below.is_some()
@@ -51,7 +58,7 @@ impl KvBlocks for KvPool {
         }
     }
 
-    fn offload(&self, blocks: &[ImmutableBlock]) {
+    fn offload(&self, blocks: &[TokenBlock]) {
         if let Some(below) = &self.below {
             below.offload(blocks);
         }

@@ -244,10 +244,14 @@ impl Rank {
             deadline,
             kind,
         };
-        self.scheduler.submit(spec).map_err(|full| {
+        let id = self.scheduler.submit(spec).map_err(|full| {
             let limit = full.limit;
-            RequestError::QueueFull { limit }.into()
-        })
+            RequestError::QueueFull { limit }
+        })?;
+        let sequence = self.scheduler.sequence(id).expect("just submitted");
+        let names = sequence.token_sequence().blocks();
+        self.scheduler.pool().referenced(names);
+        Ok(id)
     }
 
     fn admit(&mut self) {

@@ -28,7 +28,7 @@ pub trait KvBlocks: fmt::Debug {
 
     /// Tells lower tiers of consecutive blocks of one sequence that were computed here, or by
     /// another worker for it, and are readable now. They may copy them.
-    fn offload(&self, blocks: &[Self::Shared]);
+    fn offload(&self, blocks: &[TokenBlock]);
 
     /// Whether a block is readable under this name.
     fn contains(&self, name: TokenBlock) -> bool;

@@ -291,9 +291,10 @@ impl<B: KvBlocks> Sequence<B> {
         if blocks.is_empty() {
             return;
         }
+        let filled: Vec<_> = blocks.iter().map(|&(_, name, _)| name).collect();
         let shared = pool.register(blocks);
         if !from_lower {
-            pool.offload(&shared);
+            pool.offload(&filled);
         }
         for (index, shared) in indices.into_iter().zip(shared) {
             self.ids[index] = B::shared_id(&shared);

@@ -175,13 +175,15 @@ impl KvBlocks for Pool {
         found
     }
 
-    fn offload(&self, blocks: &[Shared]) {
+    fn offload(&self, blocks: &[TokenBlock]) {
         let mut store = self.0.borrow_mut();
         for block in blocks {
-            let content = store.content[block.1 as usize];
+            let (id, holders) = store.readable[&block.sequence.0];
+            assert!(holders > 0, "held by the sequence that filled it");
             store.offloaded += 1;
             if store.offloaded.is_multiple_of(2) {
-                store.lower.insert(block.0, content);
+                let content = store.content[id as usize];
+                store.lower.insert(block.sequence.0, content);
             }
         }
     }

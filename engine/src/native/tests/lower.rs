@@ -56,6 +56,8 @@ async fn what_left_the_pool_is_loaded_and_counted_as_cached() {
         (40, 0)
     );
     assert_eq!(shelf.loads.load(Ordering::Relaxed), 1);
+    let others = 2;
+    assert_eq!(shelf.referenced.load(Ordering::Relaxed), 3 + others);
     all_blocks_back(&engine).await;
 }
 

@@ -26,6 +26,7 @@ pub(super) struct Shelf {
     mood: Mutex<Mood>,
     held: Mutex<Vec<mpsc::Sender<()>>>,
     pub(super) loads: AtomicUsize,
+    pub(super) referenced: AtomicUsize,
     /// Loads that nobody wanted any more.
     pub(super) given_up: AtomicUsize,
 }
@@ -118,9 +119,13 @@ impl Below for OfPool {
         found
     }
 
-    fn offload(&self, blocks: &[ImmutableBlock]) {
+    fn referenced(&self, _blocks: &[TokenBlock]) {
+        self.shelf.referenced.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn offload(&self, blocks: &[TokenBlock]) {
         let mut books = self.shelf.books.lock();
-        for block in blocks {
+        for block in self.pool.match_prefix(blocks) {
             books.insert(block.hash(), copy_out(&self.arena, block.id()));
         }
     }
