@@ -101,7 +101,7 @@ impl MockEngine {
         let mut make_forward = || -> Result<Box<dyn Forward>, StartError> {
             Ok(Box::new(MockForward::new(model.clone(), timing)))
         };
-        let engine = NativeEngine::start_with(&engine, facts, &mut make_forward, &|_, _| None)?;
+        let engine = NativeEngine::start_with(&engine, facts, &mut make_forward, &|_| Ok(None))?;
         Ok(Self { engine })
     }
 }

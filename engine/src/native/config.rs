@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use blockplane_kvbm::Consolidation;
 use blockplane_protocol::{KvLayout, WorkerRole};
 use blockplane_transfer::Agent;
 
@@ -30,6 +31,8 @@ pub struct NativeConfig {
     /// KV events kept per rank for subscribers that are behind. Default 65,536, about 150 bytes
     /// each at worst.
     pub kv_events_max: usize,
+    /// What the KV events say of a block that several tiers hold. Default [`Consolidation::Dedup`].
+    pub kv_events: Consolidation,
     /// A step that takes longer than this makes the engine unhealthy. Default 60 s.
     pub step_timeout: Duration,
     /// How KV is handed from prefill to decode workers; needed by these two roles. Default none.
@@ -59,6 +62,7 @@ impl NativeConfig {
             scheduler: SchedulerConfig::default(),
             prefix_caching: true,
             kv_events_max: 65_536,
+            kv_events: Consolidation::default(),
             step_timeout: Duration::from_secs(60),
             handoff: None,
         }

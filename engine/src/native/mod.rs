@@ -25,7 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blockplane_kvbm::{BlockPool, EventFeed, KvArena, PoolConfig};
+use blockplane_kvbm::{BlockPool, EventFeed, EventHub, KvArena, PoolConfig};
 use blockplane_protocol::{
     DpRank, GenerateError, GenerateRequest, KvLayout, LoadReport, PrefillJob, WorkerRole,
 };
@@ -76,7 +76,7 @@ impl NativeEngine {
             eos_token_ids: parameters.eos_token_ids.clone(),
         };
         let mut make_forward = || executor(model, &config.scheduler);
-        Self::start_with(config, facts, &mut make_forward, &|_, _| None)
+        Self::start_with(config, facts, &mut make_forward, &|_| Ok(None))
     }
 
     /// The same with a stand-in for the model, and for the tiers below each rank's pool.
@@ -106,7 +106,7 @@ impl NativeEngine {
             };
             let scheduler = Scheduler::new(
                 limits,
-                KvPool::new(shared.pool.clone(), attach(rank, &shared.pool)),
+                KvPool::new(shared.pool.clone(), attach(&shared)?),
                 config.block_tokens as usize,
                 context_tokens_max as usize,
                 facts.eos_token_ids.clone(),
@@ -235,7 +235,7 @@ impl Engine for NativeEngine {
 
     fn events(&self, rank: DpRank) -> Option<EventFeed> {
         let shared = self.ranks.get(rank.0 as usize)?;
-        Some(shared.pool.events())
+        Some(shared.hub.feed())
     }
 
     fn drain(&self, grace: Duration) -> BoxFuture<'static, ()> {
@@ -291,8 +291,9 @@ impl fmt::Debug for NativeEngine {
     }
 }
 
-/// Finds the tiers below the pool of a rank.
-pub(crate) type AttachBelow<'a> = dyn Fn(DpRank, &BlockPool) -> Option<Arc<dyn Below>> + 'a;
+/// Puts a rank above the lower tiers, if there are any.
+pub(crate) type AttachBelow<'a> =
+    dyn Fn(&RankShared) -> Result<Option<Arc<dyn Below>>, StartError> + 'a;
 
 /// What the engine must know of a model.
 pub(crate) struct ModelFacts {
@@ -316,17 +317,18 @@ fn rank_memory(
             reason: error.to_string(),
         }
     })?;
-    let pool = BlockPool::new(
-        Arc::clone(&arena),
-        PoolConfig {
-            rank,
-            prefix_caching: config.prefix_caching,
-            events_max: config.kv_events_max,
-            ..PoolConfig::default()
-        },
-    );
+    let pool = BlockPool::builder(PoolConfig {
+        rank,
+        prefix_caching: config.prefix_caching,
+        ..PoolConfig::default()
+    })
+    .without_own_events()
+    .over(Arc::clone(&arena));
+    // The tiers below tell their changes here too.
+    let hub = EventHub::new(rank, config.kv_events_max, config.kv_events);
+    pool.join(&hub).expect("a new hub has room");
     let live_max = live_max(&config.scheduler);
-    Ok(Arc::new(RankShared::new(rank, pool, arena, live_max)))
+    Ok(Arc::new(RankShared::new(rank, pool, hub, arena, live_max)))
 }
 
 /// Most requests inside one rank.

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blockplane_kvbm::{BlockPool, KvArena};
+use blockplane_kvbm::{BlockPool, EventHub, KvArena};
 use blockplane_protocol::{DpRank, LoadReport};
 use parking_lot::Mutex;
 
@@ -21,6 +21,8 @@ pub(crate) struct RankShared {
     pub(crate) rank: DpRank,
     pub(crate) mailbox: Mailbox<Command>,
     pub(crate) pool: BlockPool,
+    /// The KV events of all tiers.
+    pub(crate) hub: Arc<EventHub>,
     pub(crate) arena: Arc<KvArena>,
     /// KV sent to and received from other workers.
     pub(crate) transferred: Transferred,
@@ -48,11 +50,18 @@ pub(crate) struct HeldBlocks {
 }
 
 impl RankShared {
-    pub(crate) fn new(rank: DpRank, pool: BlockPool, arena: Arc<KvArena>, live_max: usize) -> Self {
+    pub(crate) fn new(
+        rank: DpRank,
+        pool: BlockPool,
+        hub: Arc<EventHub>,
+        arena: Arc<KvArena>,
+        live_max: usize,
+    ) -> Self {
         Self {
             rank,
             mailbox: Mailbox::new(),
             pool,
+            hub,
             arena,
             transferred: Transferred::default(),
             started: Instant::now(),

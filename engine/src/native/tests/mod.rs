@@ -115,9 +115,9 @@ impl Setup {
         let mut make_forward = || -> Result<Box<dyn Forward>, StartError> {
             Ok(Box::new(Fake { hook: hook.clone() }))
         };
-        let attach = |_, pool: &BlockPool| {
-            let shelf = self.shelf.as_ref()?;
-            Some(Shelf::below(shelf, pool))
+        let attach = |rank: &RankShared| {
+            let shelf = self.shelf.as_ref();
+            Ok(shelf.map(|shelf| Shelf::below(shelf, &rank.pool)))
         };
         NativeEngine::start_with(&config, facts, &mut make_forward, &attach)
             .expect("the configuration is valid")
