@@ -4,7 +4,8 @@ use std::{fmt, ptr::NonNull, sync::Arc};
 
 use blockplane_protocol::{BlockId, KvLayout, LayerIndex, LayoutError};
 use blockplane_transfer::{
-    Agent, ArenaConfig, Axis, BlockLayout, KvBlockLayout, RegisterError, Registration, RemoteAccess,
+    Agent, ArenaConfig, Axis, BlockLayout, DeviceArenaConfig, KvBlockLayout, PinConfig,
+    RegisterError, Registration, RemoteAccess,
 };
 use thiserror::Error;
 
@@ -13,6 +14,22 @@ pub struct KvArena {
     layout: KvLayout,
     blocks: u32,
     registration: Registration,
+}
+
+/// Which memory an arena is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ArenaPlace {
+    /// Memory of the host: G1 of an engine on processors, or G2 where there is no device.
+    #[default]
+    Host,
+    /// Memory of the host that devices copy from and to at full speed, next to this one: G2 beside
+    /// devices. It is pinned in the background, piece by piece, and can be used meanwhile.
+    Pinned {
+        /// The device, as this process numbers it.
+        near: u32,
+    },
+    /// Memory of this device: G1.
+    Device(u32),
 }
 
 /// Why an arena could not be made.
@@ -41,7 +58,7 @@ pub enum ArenaError {
 }
 
 impl KvArena {
-    /// Allocates and registers the memory of `blocks` blocks. Peers can map it on this host, and
+    /// Allocates and registers host memory for `blocks` blocks. Peers can map it on this host, and
     /// access it only through windows that are open.
     ///
     /// # Errors
@@ -52,6 +69,20 @@ impl KvArena {
         blocks: u32,
         label: &str,
     ) -> Result<Arc<Self>, ArenaError> {
+        Self::allocate_in(agent, layout, blocks, label, ArenaPlace::Host)
+    }
+
+    /// The same in memory of another kind.
+    ///
+    /// # Errors
+    /// When the layout is not valid, the memory cannot be had, or there is no such device.
+    pub fn allocate_in(
+        agent: &Agent,
+        layout: KvLayout,
+        blocks: u32,
+        label: &str,
+        place: ArenaPlace,
+    ) -> Result<Arc<Self>, ArenaError> {
         layout
             .validate(blocks)
             .map_err(|source| ArenaError::Layout {
@@ -60,13 +91,21 @@ impl KvArena {
                 source,
             })?;
         let bytes = layout.pool_bytes(blocks);
-        let registration = agent
-            .allocate(ArenaConfig::new(bytes, label).with_access(RemoteAccess::WindowOnly))
-            .map_err(|source| ArenaError::Memory {
-                label: label.to_owned(),
-                bytes,
-                source: Box::new(source),
-            })?;
+        let access = RemoteAccess::WindowOnly;
+        let host = || ArenaConfig::new(bytes, label).with_access(access);
+        let registration = match place {
+            ArenaPlace::Host => agent.allocate(host()),
+            ArenaPlace::Pinned { near } => agent.allocate(host().pinned(PinConfig::near(near))),
+            ArenaPlace::Device(device) => {
+                let config = DeviceArenaConfig::new(device, bytes, label);
+                agent.allocate_device(config.with_access(access))
+            }
+        };
+        let registration = registration.map_err(|source| ArenaError::Memory {
+            label: label.to_owned(),
+            bytes,
+            source: Box::new(source),
+        })?;
         Ok(Arc::new(Self {
             layout,
             blocks,
@@ -132,6 +171,8 @@ impl KvArena {
     ///
     /// Reading or writing through it is `unsafe` and up to the caller: write only as the holder of
     /// the [`MutableBlock`](crate::MutableBlock) of this id, read as a holder of any handle.
+    ///
+    /// In an arena on a device it is an address there, not to be followed on the host.
     ///
     /// # Panics
     /// When the block or the layer is out of range.

@@ -48,7 +48,7 @@ pub use admit::{
     Admission, AdmissionConfig, AdmissionKind, Offer, Offered, UnknownAdmission, Wear, WriteBudget,
     WriteBudgetConfig, WriteBudgetError,
 };
-pub use arena::{ArenaError, KvArena};
+pub use arena::{ArenaError, ArenaPlace, KvArena};
 pub use block::{CompleteBlock, ImmutableBlock, MutableBlock, Quarantine};
 pub use events::{
     Consolidation, EventFeed, EventHub, EventSubscription, JoinError, KvBatch, KvSnapshot,

@@ -1,6 +1,6 @@
 //! The arena of a pool and its two addressings: pointers for the engine, strides for transfers.
 
-use blockplane_kvbm::{ArenaError, BlockPool, KvArena, PoolConfig};
+use blockplane_kvbm::{ArenaError, ArenaPlace, BlockPool, KvArena, PoolConfig};
 use blockplane_protocol::{BlockId, DType, KvLayout, LayerIndex, LayoutError, LayoutOrder};
 use blockplane_transfer::{Agent, AgentConfig};
 use proptest::prelude::*;
@@ -116,4 +116,14 @@ fn a_block_outlives_everything_else_that_names_its_memory() {
     drop(block);
     assert!(weak.upgrade().is_none());
     registration.write_at(0, &[1; 16]).unwrap();
+}
+
+#[test]
+fn memory_of_a_device_that_is_not_there_is_an_error() {
+    let agent = Agent::new(AgentConfig::new("no-such-device")).expect("an agent");
+    let layout = KvLayout::dense(2, 2, 8, 4, DType::Bf16);
+    let place = ArenaPlace::Device(1_000);
+    let error = KvArena::allocate_in(&agent, layout, 4, "g1", place).expect_err("no such device");
+    let text = error.to_string();
+    assert!(text.starts_with("2048 bytes for arena 'g1': "), "{text}");
 }
