@@ -53,5 +53,5 @@ pub use block::{CompleteBlock, ImmutableBlock, MutableBlock, Quarantine};
 pub use events::{
     Consolidation, EventFeed, EventHub, EventSubscription, JoinError, KvBatch, KvSnapshot,
 };
-pub use evict::{EvictionKind, EvictionPolicy, Lru};
+pub use evict::{EvictionKind, EvictionPolicy, Lineage, Lru, MultiLru, S3Fifo};
 pub use pool::{BlockPool, PoolBuilder, PoolConfig, PoolExhausted, PoolStats};

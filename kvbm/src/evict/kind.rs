@@ -5,7 +5,7 @@ use std::{fmt, str::FromStr};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::{EvictionPolicy, Lru};
+use super::{EvictionPolicy, Lineage, Lru, MultiLru, S3Fifo};
 
 /// Which block of a tier is overwritten first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -14,11 +14,17 @@ pub enum EvictionKind {
     /// `lru`: the least recently used.
     #[default]
     Lru,
+    /// `multi-lru`: the least recently used of those used least often.
+    MultiLru,
+    /// `s3-fifo`: what was not used again soon after it came.
+    S3Fifo,
+    /// `lineage`: the least recently used that no other block continues.
+    Lineage,
 }
 
 /// A word that is no eviction policy.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("'{word}' is no eviction policy: lru")]
+#[error("'{word}' is no eviction policy: lru, multi-lru, s3-fifo or lineage")]
 pub struct UnknownEviction {
     /// The word.
     pub word: String,
@@ -26,13 +32,16 @@ pub struct UnknownEviction {
 
 impl EvictionKind {
     /// All of them.
-    pub const ALL: [Self; 1] = [Self::Lru];
+    pub const ALL: [Self; 4] = [Self::Lru, Self::MultiLru, Self::S3Fifo, Self::Lineage];
 
     /// The word that stands for it.
     #[must_use]
     pub const fn word(self) -> &'static str {
         match self {
             Self::Lru => "lru",
+            Self::MultiLru => "multi-lru",
+            Self::S3Fifo => "s3-fifo",
+            Self::Lineage => "lineage",
         }
     }
 
@@ -41,6 +50,9 @@ impl EvictionKind {
     pub fn build(self) -> Box<dyn EvictionPolicy> {
         match self {
             Self::Lru => Box::<Lru>::default(),
+            Self::MultiLru => Box::<MultiLru>::default(),
+            Self::S3Fifo => Box::<S3Fifo>::default(),
+            Self::Lineage => Box::<Lineage>::default(),
         }
     }
 }
@@ -73,5 +85,21 @@ impl From<EvictionKind> for String {
 impl fmt::Display for EvictionKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.word())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_policy_has_its_word() {
+        for kind in EvictionKind::ALL {
+            assert_eq!(kind.to_string().parse(), Ok(kind));
+        }
+        let error = "LRU".parse::<EvictionKind>().unwrap_err().to_string();
+        let words = EvictionKind::ALL.map(EvictionKind::word);
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        assert!(error.contains("'LRU'"));
     }
 }

@@ -291,7 +291,7 @@ impl Store {
             return false;
         };
         self.unname(id);
-        self.policy.forget(id);
+        self.policy.forget(id, hash);
         match self.slots[id.index()].state() {
             State::Inactive => {
                 self.policy.remove(id);
@@ -438,9 +438,10 @@ impl Store {
             self.slots[id.index()].state() == State::Inactive,
             "only an inactive block is evicted"
         );
-        self.policy.forget(id);
         self.unname(id);
-        self.removed.push(self.slots[id.index()].name());
+        let name = self.slots[id.index()].name();
+        self.policy.forget(id, name);
+        self.removed.push(name);
         id
     }
 
