@@ -42,7 +42,9 @@ pub mod arena;
 pub mod block;
 pub mod events;
 pub mod evict;
+pub mod fingerprint;
 pub mod pool;
+pub mod store;
 
 pub use admit::{
     Admission, AdmissionConfig, AdmissionKind, Offer, Offered, UnknownAdmission, Wear, WriteBudget,
@@ -54,4 +56,6 @@ pub use events::{
     Consolidation, EventFeed, EventHub, EventSubscription, JoinError, KvBatch, KvSnapshot,
 };
 pub use evict::{EvictionKind, EvictionPolicy, Lineage, Lru, MultiLru, S3Fifo};
+pub use fingerprint::Fingerprint;
 pub use pool::{BlockPool, PoolBuilder, PoolConfig, PoolExhausted, PoolStats};
+pub use store::{SlotStore, SlotStoreConfig};

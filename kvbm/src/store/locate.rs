@@ -1,0 +1,274 @@
+//! The file or device of a store: found, locked, and as long as it has to be.
+
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use blockplane_transfer::{Agent, DirectIo, DirectUse, FileConfig, FileStore, Op, OpenError};
+
+use super::{
+    config::{FILES_PER_FOLDER, Holder, SlotStoreConfig, StoreError, StoreLocation},
+    disk::{Disk, FileDisk, Piece},
+    format::{Geometry, VERSION},
+    recover::failed,
+};
+
+/// Zeros are written this many bytes at a time.
+const ZEROS: u64 = 16 << 20;
+
+/// A locked file.
+pub(super) struct Located {
+    /// Holds the lock as long as it is open.
+    pub(super) lock: File,
+    pub(super) path: PathBuf,
+    /// It is ours by its name.
+    pub(super) owned: bool,
+    pub(super) read_only: bool,
+    device: bool,
+}
+
+/// Finds the file and locks it.
+pub(super) fn locate(config: &SlotStoreConfig) -> Result<Located, StoreError> {
+    match &config.location {
+        StoreLocation::File(path) => open(path, false, false),
+        StoreLocation::Device(path) => open(path, false, true),
+        StoreLocation::Folder(folder) => {
+            fs::create_dir_all(folder).map_err(|source| StoreError::Io {
+                what: "make the folder of",
+                path: folder.clone(),
+                source,
+            })?;
+            let digest = config.fingerprint.digest();
+            for number in 0..FILES_PER_FOLDER {
+                let name = format!("kv-v{VERSION}-{digest:016x}-{number}.g3");
+                match open(&folder.join(name), true, false) {
+                    Err(StoreError::InUse { .. }) => {}
+                    result => return result,
+                }
+            }
+            Err(StoreError::FolderInUse {
+                folder: folder.clone(),
+            })
+        }
+    }
+}
+
+fn open(path: &Path, owned: bool, device: bool) -> Result<Located, StoreError> {
+    let io = |what: &'static str| {
+        let path = path.to_owned();
+        move |source: io::Error| StoreError::Io { what, path, source }
+    };
+    let writable = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(!device)
+        .truncate(false)
+        .mode(0o600)
+        .open(path);
+    let (lock, read_only) = match writable {
+        Ok(file) => (file, false),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied
+            ) && path.exists() =>
+        {
+            (File::open(path).map_err(io("open"))?, true)
+        }
+        Err(error) => return Err(io("open")(error)),
+    };
+    match lock.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            return Err(StoreError::InUse {
+                path: path.to_owned(),
+                holder: holder(&lock),
+            });
+        }
+        Err(TryLockError::Error(error)) => return Err(io("lock")(error)),
+    }
+    Ok(Located {
+        lock,
+        path: path.to_owned(),
+        owned,
+        read_only,
+        device,
+    })
+}
+
+/// Who has the lock, by the kernel's list.
+fn holder(file: &File) -> Holder {
+    let found = || {
+        let inode = file.metadata().ok()?.ino().to_string();
+        let locks = fs::read_to_string("/proc/locks").ok()?;
+        locks.lines().find_map(|line| {
+            // "1: FLOCK  ADVISORY  WRITE 4711 08:01:1234 0 EOF"
+            let mut words = line.split_whitespace().skip(1);
+            let (kind, _, _) = (words.next()?, words.next()?, words.next()?);
+            let (process, place) = (words.next()?, words.next()?);
+            let here = kind == "FLOCK" && place.rsplit(':').next() == Some(&inode);
+            // The kernel says 0 or -1 for a process that cannot be seen from here.
+            let process = process.parse().ok().filter(|&process| process > 0);
+            here.then_some(process)?
+        })
+    };
+    found().map_or(Holder::Unknown, Holder::Process)
+}
+
+impl Located {
+    /// The file as `transfer` opens it: as long as it is.
+    pub(super) fn open(
+        &self,
+        agent: &Agent,
+        config: &SlotStoreConfig,
+    ) -> Result<FileDisk, StoreError> {
+        let file = agent.open_file(self.config(config))?;
+        Ok(self.disk(agent, file))
+    }
+
+    /// The file as `transfer` opens it, with room for `slots` slots of this geometry, or as many as
+    /// there is room for.
+    pub(super) fn make_room(
+        &self,
+        agent: &Agent,
+        config: &SlotStoreConfig,
+        geometry: &Geometry,
+        slots: u32,
+    ) -> Result<FileDisk, StoreError> {
+        if self.device || self.read_only {
+            return self.open(agent, config);
+        }
+        let had = self.length()?;
+        let mut slots = slots;
+        let file = loop {
+            let length = geometry.length(slots);
+            if had > length {
+                self.cut(length)?;
+            }
+            let mut wanted = self.config(config);
+            (wanted.length, wanted.preallocate) = (Some(length), true);
+            let error = match agent.open_file(wanted) {
+                Ok(file) => break file,
+                Err(error) => error,
+            };
+            let OpenError::Io { source, .. } = &error else {
+                return Err(error.into());
+            };
+            match source.kind() {
+                io::ErrorKind::Unsupported => {
+                    let mut wanted = self.config(config);
+                    wanted.length = Some(length);
+                    let disk = self.disk(agent, agent.open_file(wanted)?);
+                    return self.fill(disk, config, had, length);
+                }
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded if slots > 1 => {
+                    // What could not be had is given back before less is asked for.
+                    self.cut(had.min(length))?;
+                    slots -= slots.div_ceil(16);
+                }
+                _ => {
+                    let _ = self.cut(had.min(length));
+                    return Err(error.into());
+                }
+            }
+        };
+        Ok(self.disk(agent, file))
+    }
+
+    fn length(&self) -> Result<u64, StoreError> {
+        let length = self.lock.metadata().map(|metadata| metadata.len());
+        length.map_err(|source| self.io("look at", source))
+    }
+
+    fn cut(&self, length: u64) -> Result<(), StoreError> {
+        let cut = self.lock.set_len(length);
+        cut.map_err(|source| self.io("cut", source))
+    }
+
+    fn io(&self, what: &'static str, source: io::Error) -> StoreError {
+        StoreError::Io {
+            what,
+            path: self.path.clone(),
+            source,
+        }
+    }
+
+    fn config(&self, config: &SlotStoreConfig) -> FileConfig {
+        let direct = if config.open_direct {
+            DirectIo::On
+        } else {
+            config.direct
+        };
+        let file = FileConfig::new(&self.path).with_direct(direct);
+        if self.read_only {
+            file.read_only()
+        } else {
+            file
+        }
+    }
+
+    fn disk(&self, agent: &Agent, file: FileStore) -> FileDisk {
+        FileDisk {
+            agent: agent.clone(),
+            file,
+        }
+    }
+
+    /// The file system cannot allocate: zeros, or holes.
+    fn fill(
+        &self,
+        disk: FileDisk,
+        config: &SlotStoreConfig,
+        had: u64,
+        length: u64,
+    ) -> Result<FileDisk, StoreError> {
+        if !config.zero_fill {
+            tracing::warn!(
+                store = %self.path.display(),
+                "the file system cannot allocate space: the KV store is sparse, and writes may find the \
+                 disk full"
+            );
+            return Ok(disk);
+        }
+        zeros(&disk, had, length, config.open_time)
+            .map_err(|error| failed("fill", &self.path, &error))?;
+        Ok(disk)
+    }
+}
+
+/// Writes zeros from `from` to `to`.
+fn zeros(
+    disk: &dyn Disk,
+    from: u64,
+    to: u64,
+    time: Duration,
+) -> Result<(), super::disk::DiskError> {
+    // New memory is all zeros.
+    let memory = disk.memory(usize::try_from(ZEROS).unwrap_or(1 << 20))?;
+    let mut at = from;
+    while at < to {
+        let bytes = (to - at).min(memory.len() as u64);
+        let piece = Piece {
+            memory: &memory,
+            offset: 0,
+            at,
+            bytes,
+        };
+        disk.run(Op::Write, &[piece], Instant::now() + time)?;
+        at += bytes;
+    }
+    Ok(())
+}
+
+/// One event when requests go through the page cache though they were not asked to.
+pub(super) fn tell_direct(path: &Path, file: &FileStore, config: &SlotStoreConfig) {
+    if let DirectUse::Buffered(reason) = file.direct()
+        && config.direct != DirectIo::Off
+    {
+        tracing::warn!(store = %path.display(), %reason, "KV store goes through the page cache");
+    }
+}
