@@ -95,7 +95,7 @@ impl ClusterBuilder {
 
     /// Sets a variable in the environment of every process.
     #[must_use]
-    pub fn variable(mut self, name: &str, value: impl ToString) -> Self {
+    pub fn variable(mut self, name: &str, value: &dyn std::fmt::Display) -> Self {
         self.variables.push((name.to_owned(), value.to_string()));
         self
     }
