@@ -44,6 +44,7 @@ pub mod events;
 pub mod evict;
 pub mod fingerprint;
 pub mod pool;
+pub mod settings;
 pub mod store;
 
 pub use admit::{
@@ -58,4 +59,5 @@ pub use events::{
 pub use evict::{EvictionKind, EvictionPolicy, Lineage, Lru, MultiLru, S3Fifo};
 pub use fingerprint::Fingerprint;
 pub use pool::{BlockPool, PoolBuilder, PoolConfig, PoolExhausted, PoolStats};
+pub use settings::{KvbmSettings, resolve};
 pub use store::{SlotStore, SlotStoreConfig};

@@ -24,11 +24,14 @@
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use anyhow::{Context, bail, ensure};
+use blockplane_kvbm::settings::{FileValues, KvbmFile, KvbmTable};
 use blockplane_protocol::EndpointId;
 use clap::{Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use crate::cli::{Cli, ComputeArg, EngineArg, LaneArg, RouterModeArg};
+use crate::cli::{
+    Cli, ComputeArg, EngineArg, LaneArg, RouterModeArg, TABLE_FLAG, settings_of_file,
+};
 
 /// A whole deployment.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -46,8 +49,14 @@ pub(crate) struct Deployment {
     /// Name in the OpenAI API.
     #[serde(default)]
     pub(crate) served_model_name: Option<String>,
+    /// Settings of the KV tiers of all workers, as listed by `blockplane kvbm config`.
+    #[serde(default)]
+    pub(crate) kvbm: FileValues,
     /// The machines by name.
     pub(crate) nodes: BTreeMap<String, Node>,
+    /// The file, for messages.
+    #[serde(skip)]
+    pub(crate) source: String,
 }
 
 /// What one machine runs.
@@ -105,6 +114,9 @@ pub(crate) struct Role {
     pub(crate) router_mode: Option<RouterModeArg>,
     #[serde(default)]
     pub(crate) seed: Option<u64>,
+    /// Settings of the KV tiers of this role, before those of all workers.
+    #[serde(default)]
+    pub(crate) kvbm: FileValues,
     /// Further flags of the role's subcommand.
     #[serde(default)]
     pub(crate) args: Vec<String>,
@@ -145,8 +157,27 @@ impl Deployment {
     pub(crate) fn read(path: &std::path::Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("deployment file {} cannot be read", path.display()))?;
-        toml::from_str(&text)
-            .with_context(|| format!("deployment file {} is not valid", path.display()))
+        let deployment: Self = toml::from_str(&text)
+            .with_context(|| format!("deployment file {} is not valid", path.display()))?;
+        Ok(Self {
+            source: path.display().to_string(),
+            ..deployment
+        })
+    }
+
+    /// What the file says about the KV tiers of a role; of no role, what it says for all.
+    pub(crate) fn kvbm(&self, role: Option<&Role>) -> KvbmFile {
+        let table = |place: &str, values: &FileValues| KvbmTable {
+            source: format!("{} {place}", self.source).trim_start().to_owned(),
+            values: values.clone(),
+        };
+        let mut tables = vec![table("[kvbm]", &self.kvbm)];
+        tables.extend(role.map(|role| {
+            let place = format!("[nodes.*.roles.kvbm] of '{}'", role.base_name());
+            table(&place, &role.kvbm)
+        }));
+        tables.retain(|table| !table.values.is_empty());
+        KvbmFile(tables)
     }
 
     /// What `node` has to run.
@@ -184,7 +215,7 @@ impl Deployment {
     }
 
     fn expand(&self, node: &Node, role: &Role, out: &mut Vec<ProcessSpec>) -> anyhow::Result<()> {
-        let base = role.name.as_deref().unwrap_or_else(|| role.kind_name());
+        let base = role.base_name();
         if role.role == RoleKind::Frontend && role.count > 1 && role.http_port != Some(0) {
             bail!(
                 "{} frontends cannot share one port; give each its own role entry",
@@ -221,6 +252,7 @@ impl Deployment {
             ("blocks", role.blocks.is_some()),
             ("data_parallel_size", role.data_parallel_size.is_some()),
             ("lanes", !role.lanes.is_empty()),
+            ("kvbm", !role.kvbm.is_empty()),
         ];
         refuse(&worker_only, "is a worker's setting, not a frontend's")?;
         let mut argv = vec!["frontend".to_owned()];
@@ -288,6 +320,13 @@ impl Deployment {
             (!lanes.is_empty()).then(|| lanes.join(",")).as_ref(),
         );
         flag(&mut argv, "--host", node.host.as_ref());
+        let kvbm = self.kvbm(Some(role));
+        settings_of_file(&kvbm)?;
+        for table in &kvbm.0 {
+            // The whole table, so that the worker can tell it from flags, and variables win over it.
+            let table = serde_json::to_string(table).context("a [kvbm] table is not plain data")?;
+            flag(&mut argv, &format!("--{TABLE_FLAG}"), Some(&table));
+        }
         Ok(argv)
     }
 }
@@ -311,8 +350,14 @@ impl Role {
             http_port: None,
             router_mode: None,
             seed: None,
+            kvbm: FileValues::new(),
             args: Vec::new(),
         }
+    }
+
+    /// Name in logs and status, before the index.
+    fn base_name(&self) -> &str {
+        self.name.as_deref().unwrap_or_else(|| self.kind_name())
     }
 
     const fn kind_name(&self) -> &'static str {
@@ -427,6 +472,40 @@ mod tests {
     }
 
     #[test]
+    fn tables_of_tiers_reach_the_workers_they_are_for() {
+        let text = r#"
+            [kvbm]
+            cpu_cache_gb = 4
+            metrics = true
+            [[nodes.a.roles]]
+            role = "frontend"
+            [[nodes.a.roles]]
+            role = "prefill"
+            [nodes.a.roles.kvbm]
+            cpu_cache_gb = 0.5
+        "#;
+        let mut deployment: Deployment = toml::from_str(text).unwrap();
+        deployment.source = "d.toml".to_owned();
+        let plan = deployment.plan("a").unwrap();
+        assert!(
+            !plan.processes[0]
+                .argv
+                .iter()
+                .any(|arg| arg.contains("kvbm"))
+        );
+        let argv =
+            std::iter::once("blockplane").chain(plan.processes[1].argv.iter().map(String::as_str));
+        let crate::cli::Command::Worker(worker) = Cli::try_parse_from(argv).unwrap().command else {
+            panic!("a prefill role is a worker");
+        };
+        let settings = worker.kvbm.settings_without_variables().unwrap();
+        assert_eq!(settings.cpu_cache_gb.value, 0.5);
+        let origin = settings.cpu_cache_gb.origin.to_string();
+        assert_eq!(origin, "file d.toml [nodes.*.roles.kvbm] of 'prefill'");
+        assert_eq!(settings.metrics.origin.to_string(), "file d.toml [kvbm]");
+    }
+
+    #[test]
     fn every_mistake_is_named_before_anything_starts() {
         let role = |text: &str| format!("[nodes.a]\n[[nodes.a.roles]]\n{text}");
         for (text, node, expected) in [
@@ -455,6 +534,16 @@ mod tests {
                 role("role = 'prefill'\nblock_size = 0"),
                 "a",
                 "0 is not in 1..=1024",
+            ),
+            (
+                role("role = 'prefill'\nkvbm = { cpu_gb = 1 }"),
+                "a",
+                "key 'cpu_gb' of [nodes.*.roles.kvbm] of 'prefill' is not known; the nearest is 'cpu_cache_gb'",
+            ),
+            (
+                role("role = 'frontend'\nkvbm = { cpu_cache_gb = 1 }"),
+                "a",
+                "'kvbm' is a worker's setting",
             ),
             (
                 role("role = 'prefill'\ncolour = 1"),

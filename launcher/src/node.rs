@@ -129,6 +129,8 @@ fn built_in_deployment(args: UpArgs, model: PathBuf, run_dir: &Path) -> anyhow::
         discovery: Some(format!("file:{}", run_dir.join("discovery").display())),
         model: Some(model),
         served_model_name: args.served_model_name,
+        kvbm: BTreeMap::new(),
+        source: String::new(),
         nodes: BTreeMap::from([(UP_NODE.to_owned(), node)]),
     })
 }

@@ -2,12 +2,14 @@
 //! documented default; nothing else in the workspace reads the environment.
 
 mod frontend;
+mod kvbm;
 mod node;
 mod worker;
 
 use clap::{Parser, Subcommand};
 
 pub(crate) use frontend::{FrontendArgs, RouterModeArg};
+pub(crate) use kvbm::{KvbmArgs, TABLE_FLAG, settings_of_file};
 pub(crate) use node::{DoctorArgs, LaunchArgs, UpArgs, UpMode};
 pub(crate) use worker::{ComputeArg, EngineArg, LaneArg, WorkerArgs};
 

@@ -7,6 +7,8 @@ use blockplane_protocol::{EndpointId, WorkerRole};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+use super::KvbmArgs;
+
 /// What part of a request a worker does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -148,6 +150,8 @@ pub(crate) struct WorkerArgs {
     /// Time for running requests to finish on shutdown, in seconds.
     #[arg(long, env = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", value_parser = seconds, default_value = "5")]
     pub(crate) grace: Duration,
+    #[command(flatten)]
+    pub(crate) kvbm: KvbmArgs,
     /// Stop when standard input closes (set by the launcher for its children).
     #[arg(long, hide = true)]
     pub(crate) exit_with_parent: bool,

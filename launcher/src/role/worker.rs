@@ -31,6 +31,9 @@ use crate::{
 
 /// Runs a worker until it is told to stop.
 pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<ExitCode> {
+    for note in args.kvbm.settings()?.notes {
+        tracing::warn!("{note}");
+    }
     let runtime = runtime()?;
     let outcome = runtime.block_on(serve(args));
     finish(runtime);
