@@ -46,6 +46,7 @@ pub mod fingerprint;
 pub mod pool;
 pub mod settings;
 pub mod store;
+pub mod tier;
 
 pub use admit::{
     Admission, AdmissionConfig, AdmissionKind, Offer, Offered, UnknownAdmission, Wear, WriteBudget,
@@ -61,3 +62,7 @@ pub use fingerprint::Fingerprint;
 pub use pool::{BlockPool, PoolBuilder, PoolConfig, PoolExhausted, PoolStats};
 pub use settings::{KvbmSettings, resolve};
 pub use store::{SlotStore, SlotStoreConfig};
+pub use tier::{
+    DiskConfig, MoveKind, MoveReport, MoveSpec, Mover, PerTier, RemoteIndex, TierConfig, TierMatch,
+    TierPools, TierStats, Tiers,
+};

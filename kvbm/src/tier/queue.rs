@@ -1,0 +1,150 @@
+//! Runs of blocks that wait, highest priority first, then oldest; bounded by blocks.
+
+use std::{cmp::Reverse, collections::BTreeMap, time::Duration};
+
+/// Priority of blocks that come without one; KVBM's range is 0 to 100.
+pub(super) const PRIORITY_DEFAULT: u32 = 50;
+
+/// A bounded queue of runs of `T`.
+#[derive(Debug)]
+pub(super) struct RunQueue<T> {
+    runs: BTreeMap<(Reverse<u32>, u64), Run<T>>,
+    next: u64,
+    len: usize,
+    max: usize,
+}
+
+/// Blocks of one rank that were queued together, in the order of their sequence.
+#[derive(Debug)]
+struct Run<T> {
+    rank: usize,
+    since: Duration,
+    items: std::vec::IntoIter<T>,
+}
+
+/// A block whose turn it is.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Next<T> {
+    pub(super) rank: usize,
+    pub(super) priority: u32,
+    /// When it was queued.
+    pub(super) since: Duration,
+    pub(super) item: T,
+}
+
+impl<T> RunQueue<T> {
+    pub(super) const fn new(max: usize) -> Self {
+        Self {
+            runs: BTreeMap::new(),
+            next: 0,
+            len: 0,
+            max,
+        }
+    }
+
+    /// Queues a run. Returns how many blocks had to go for it, lowest priority and youngest first,
+    /// and within a run from its end.
+    pub(super) fn push(
+        &mut self,
+        now: Duration,
+        rank: usize,
+        priority: u32,
+        items: Vec<T>,
+    ) -> usize {
+        if items.is_empty() {
+            return 0;
+        }
+        self.len += items.len();
+        let run = Run {
+            rank,
+            since: now,
+            items: items.into_iter(),
+        };
+        self.runs.insert((Reverse(priority), self.next), run);
+        self.next += 1;
+        let over = self.len.saturating_sub(self.max);
+        let mut left = over;
+        while left > 0 {
+            let mut last = self.runs.last_entry().expect("it is over its bound");
+            let items = &mut last.get_mut().items;
+            let gone = items.by_ref().rev().take(left).count();
+            left -= gone;
+            self.len -= gone;
+            if items.len() == 0 {
+                last.remove();
+            }
+        }
+        over
+    }
+
+    /// Takes the next block of the first run whose rank and priority are accepted.
+    pub(super) fn pop(&mut self, accept: impl Fn(usize, u32) -> bool) -> Option<Next<T>> {
+        let accepted =
+            |((priority, _), run): &(&(Reverse<u32>, u64), &Run<T>)| accept(run.rank, priority.0);
+        let key = *self.runs.iter().find(accepted)?.0;
+        let run = self.runs.get_mut(&key)?;
+        let next = Next {
+            rank: run.rank,
+            priority: key.0.0,
+            since: run.since,
+            item: run.items.next()?,
+        };
+        self.len -= 1;
+        if run.items.len() == 0 {
+            self.runs.remove(&key);
+        }
+        Some(next)
+    }
+
+    /// Empties the queue; returns how many blocks it had.
+    pub(super) fn clear(&mut self) -> usize {
+        self.runs.clear();
+        std::mem::take(&mut self.len)
+    }
+
+    pub(super) const fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: Duration = Duration::ZERO;
+
+    fn drain(queue: &mut RunQueue<char>) -> String {
+        std::iter::from_fn(|| queue.pop(|_, _| true).map(|next| next.item)).collect()
+    }
+
+    #[test]
+    fn priority_then_age_and_the_tail_of_the_last_goes_first() {
+        let mut queue = RunQueue::new(8);
+        assert_eq!(queue.push(NOW, 0, 50, vec!['a', 'b', 'c']), 0);
+        assert_eq!(queue.push(NOW, 0, 50, vec!['d', 'e', 'f']), 0);
+        assert_eq!(queue.push(NOW, 0, 80, vec!['x', 'y', 'z']), 1);
+        assert_eq!(queue.push(NOW, 0, 10, vec!['l', 'm']), 2, "it goes itself");
+        assert_eq!(queue.len(), 8);
+        assert_eq!(drain(&mut queue), "xyzabcde");
+        assert!(queue.is_empty());
+        assert_eq!(queue.push(NOW, 0, 1, Vec::new()), 0);
+        assert_eq!(queue.push(NOW, 0, 1, "0123456789".chars().collect()), 2);
+        assert_eq!((queue.clear(), queue.len()), (8, 0));
+    }
+
+    #[test]
+    fn ranks_that_cannot_are_passed_over() {
+        let mut queue = RunQueue::new(8);
+        queue.push(NOW, 0, 50, vec!['a']);
+        queue.push(NOW, 1, 40, vec!['b']);
+        let second = |rank: usize, _| rank == 1;
+        let next = queue.pop(second).unwrap();
+        assert_eq!((next.rank, next.priority, next.item), (1, 40, 'b'));
+        assert_eq!(queue.pop(second), None);
+        assert_eq!(queue.len(), 1);
+    }
+}

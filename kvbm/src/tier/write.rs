@@ -1,0 +1,414 @@
+//! Away from G2: blocks that are worth it go to G3 and G4.
+
+use std::{collections::VecDeque, sync::Arc, time::Duration};
+
+use blockplane_protocol::{DpRank, Tier, TokenBlock};
+
+use super::{
+    config::{DiskConfig, RemoteConfig, TierConfigError},
+    flight::{Flight, Job},
+    found::{Place, TierMatch},
+    health::Health,
+    moves::{MoveKind, MoveSpec, MovedBlock},
+    offload::sequences,
+    queue::{PRIORITY_DEFAULT, RunQueue},
+    stats::{Dropped, Evicted},
+    tiers::{RemoteIndex, Tiers, take},
+};
+use crate::{
+    admit::{Admission, AdmissionKind, Offer, Offered, WriteBudget},
+    block::ImmutableBlock,
+    pool::BlockPool,
+};
+
+/// G3.
+pub(super) struct Disk {
+    pub(super) pool: BlockPool,
+    pub(super) writes: RunQueue<Queued>,
+    pub(super) health: Health,
+    admission: Admission,
+    budget: WriteBudget,
+    /// Blocks are written when G2 is about to overwrite them.
+    on_evict: bool,
+    on_hit: bool,
+    /// Slots whose contents were wrong, oldest first. They have no name any more.
+    wrong: VecDeque<ImmutableBlock>,
+}
+
+/// G4.
+pub(super) struct Remote {
+    pub(super) index: Arc<dyn RemoteIndex>,
+    pub(super) writes: RunQueue<Queued>,
+    pub(super) health: Health,
+    write_through: bool,
+}
+
+/// A block that waits to be written.
+pub(super) enum Queued {
+    /// It is found in G2 by its name when its turn comes, if it is still there.
+    Named(TokenBlock),
+    /// It is nowhere else: there is no G2.
+    Held(ImmutableBlock),
+}
+
+/// Share of the slots that are set aside for wrong contents: one in this many.
+const WRONG_SHARE: usize = 64;
+
+impl Disk {
+    pub(super) fn new(
+        config: &DiskConfig,
+        pool: BlockPool,
+        queue_max: usize,
+    ) -> Result<Self, TierConfigError> {
+        let kind = config.admission.kind;
+        Ok(Self {
+            pool,
+            writes: RunQueue::new(queue_max),
+            health: Health::new(),
+            admission: Admission::new(&config.admission),
+            budget: WriteBudget::new(&config.budget)?,
+            on_evict: kind == AdmissionKind::OnEvict,
+            on_hit: matches!(
+                kind,
+                AdmissionKind::FrequencyHits
+                    | AdmissionKind::SeenK { .. }
+                    | AdmissionKind::Tail { .. }
+            ),
+            wrong: VecDeque::new(),
+        })
+    }
+
+    pub(super) fn referenced(&mut self, names: &[TokenBlock]) {
+        self.admission.referenced(sequences(names));
+    }
+
+    /// Keeps a slot whose contents were wrong from being used again, as long as these are few.
+    pub(super) fn set_aside(&mut self, slot: ImmutableBlock) {
+        self.wrong.push_back(slot);
+        if self.wrong.len() > (self.pool.stats().total / WRONG_SHARE).max(1) {
+            self.wrong.pop_front();
+        }
+    }
+
+    pub(super) fn quarantined(&self) -> usize {
+        self.wrong.len()
+    }
+
+    fn admits(&mut self, now: Duration, name: TokenBlock, offer: Offer) -> bool {
+        let block = Offered {
+            name: name.sequence,
+        };
+        self.admission.offer(now, &block, offer)
+    }
+}
+
+impl Remote {
+    pub(super) fn new(config: RemoteConfig, index: Arc<dyn RemoteIndex>, queue_max: usize) -> Self {
+        Self {
+            index,
+            writes: RunQueue::new(queue_max),
+            health: Health::new(),
+            write_through: config.write_through,
+        }
+    }
+}
+
+impl Tiers {
+    /// Blocks came into G2 from G1.
+    pub(super) fn stored(
+        &mut self,
+        now: Duration,
+        rank: usize,
+        priority: u32,
+        blocks: Vec<ImmutableBlock>,
+    ) {
+        let names: Vec<TokenBlock> = blocks.iter().map(ImmutableBlock::name).collect();
+        if self.listed {
+            self.offer_stored(now, rank, priority, &names);
+            return;
+        }
+        // What stands in for G2 keeps nothing: whoever writes the block holds it. It was admitted
+        // before it was copied.
+        if let Some(disk) = self.disk.as_mut().filter(|d| !d.health.left_alone(now)) {
+            let here = disk.pool.contains_each(sequences(&names));
+            let held = blocks.iter().zip(here).filter(|(_, here)| !here);
+            let held = held.map(|(block, _)| Queued::Held(block.clone())).collect();
+            let over = disk.writes.push(now, rank, priority, held);
+            self.dropped(Dropped::QueueFull, over);
+        }
+        if let Some(remote) = self.remote_writes(now) {
+            let index = Arc::clone(&remote.index);
+            let held = blocks.into_iter().filter(|b| !index.contains(b.hash()));
+            let held = held.map(Queued::Held).collect();
+            let over = remote.writes.push(now, rank, priority, held);
+            self.dropped(Dropped::QueueFull, over);
+        }
+    }
+
+    /// Blocks in G2 were written, for the first time or again.
+    pub(super) fn offer_stored(
+        &mut self,
+        now: Duration,
+        rank: usize,
+        priority: u32,
+        names: &[TokenBlock],
+    ) {
+        self.offer(now, rank, priority, names, Offer::Stored);
+        if let Some(remote) = self.remote_writes(now) {
+            let missing = |name: &&TokenBlock| !remote.index.contains(name.sequence);
+            let queued = names.iter().filter(missing).copied().map(Queued::Named);
+            let queued = queued.collect();
+            let over = remote.writes.push(now, rank, priority, queued);
+            self.dropped(Dropped::QueueFull, over);
+        }
+    }
+
+    /// A request found blocks in G2.
+    pub(super) fn offer_hits(&mut self, now: Duration, found: &TierMatch) {
+        if self.listed && self.disk.as_ref().is_some_and(|disk| disk.on_hit) {
+            let names: Vec<TokenBlock> = found
+                .found()
+                .filter(|found| matches!(found.place, Place::Host(_)))
+                .map(|found| found.name)
+                .collect();
+            let rank = self.rank_index(found.rank()).unwrap_or_default();
+            self.offer(now, rank, PRIORITY_DEFAULT, &names, Offer::Hit);
+        }
+    }
+
+    /// The names for which it is worth to copy a block out of G1 although there is no G2.
+    pub(super) fn worth_a_bounce(
+        &mut self,
+        now: Duration,
+        names: &[TokenBlock],
+    ) -> Vec<TokenBlock> {
+        let mut worth = vec![false; names.len()];
+        if let Some(disk) = self.disk.as_mut().filter(|d| !d.health.left_alone(now)) {
+            let here = disk.pool.contains_each(sequences(names));
+            for ((worth, name), here) in worth.iter_mut().zip(names).zip(here) {
+                *worth = !here && disk.admits(now, *name, Offer::Stored);
+            }
+        }
+        if let Some(remote) = self.remote_writes(now) {
+            for (worth, name) in worth.iter_mut().zip(names) {
+                *worth |= !remote.index.contains(name.sequence);
+            }
+        }
+        let kept = names.iter().zip(worth).filter(|(_, worth)| *worth);
+        kept.map(|(name, _)| *name).collect()
+    }
+
+    /// Writes blocks that G2 would overwrite next, or lets them go, so that there is room before it
+    /// is needed.
+    pub(super) fn start_demotion(&mut self, now: Duration) -> Option<MoveSpec> {
+        if !self.listed || !self.disk.as_ref().is_some_and(|disk| disk.on_evict) {
+            return None;
+        }
+        let kind = MoveKind::HostToDisk;
+        loop {
+            let host = self.host.stats();
+            let wanted = self.room_ahead(host.total).saturating_sub(host.free);
+            if wanted == 0 || host.cached == 0 || !self.lane_open(now, kind) {
+                return None;
+            }
+            let victims = self.host.victims(wanted.min(self.batch_max()));
+            if victims.is_empty() {
+                return None;
+            }
+            let taken = victims.len();
+            let disk = self.disk.as_mut()?;
+            let names: Vec<TokenBlock> = victims.iter().map(ImmutableBlock::name).collect();
+            let here = disk.pool.contains_each(sequences(&names));
+            let mut sources = Vec::with_capacity(taken);
+            for ((victim, name), here) in victims.into_iter().zip(names).zip(here) {
+                if !here
+                    && !self.arriving_disk.contains(&name.sequence)
+                    && disk.admits(now, name, Offer::Evicting)
+                    && disk.budget.take(now, self.block_bytes)
+                {
+                    sources.push(victim);
+                } else {
+                    victim.forget_unshared();
+                }
+            }
+            self.host_evicted(Evicted::NotAdmitted, taken - sources.len());
+            if let Some(started) = self.write_to_disk(now, sources, true) {
+                return Some(started);
+            }
+        }
+    }
+
+    /// A batch of blocks from G2 to G3 or G4.
+    pub(super) fn start_write(&mut self, now: Duration, tier: Tier) -> Option<MoveSpec> {
+        let kind = match tier {
+            Tier::Remote => MoveKind::HostToRemote,
+            Tier::Device | Tier::Host | Tier::Disk => MoveKind::HostToDisk,
+        };
+        loop {
+            let empty = match tier {
+                Tier::Remote => self.remote.as_ref().is_none_or(|r| r.writes.is_empty()),
+                _ => self.disk.as_ref().is_none_or(|d| d.writes.is_empty()),
+            };
+            if empty || !self.lane_open(now, kind) {
+                return None;
+            }
+            let (named, mut sources) = self.next_writes(now, tier);
+            let held = self.host.scan(&named);
+            let before = sources.len();
+            sources.extend(held.into_iter().flatten());
+            self.dropped(Dropped::Overwritten, named.len() + before - sources.len());
+            if tier == Tier::Remote {
+                if !sources.is_empty() {
+                    return Some(self.write_to_remote(now, sources));
+                }
+                continue;
+            }
+            if let Some(disk) = &mut self.disk {
+                let before = sources.len();
+                sources.retain(|_| disk.budget.take(now, self.block_bytes));
+                let refused = before - sources.len();
+                self.dropped(Dropped::Budget, refused);
+            }
+            if let Some(started) = self.write_to_disk(now, sources, false) {
+                return Some(started);
+            }
+        }
+    }
+
+    /// Takes the next blocks from a queue, without those that are there already or on the way.
+    fn next_writes(&mut self, now: Duration, tier: Tier) -> (Vec<TokenBlock>, Vec<ImmutableBlock>) {
+        let (mut named, mut held, mut late) = (Vec::new(), Vec::new(), 0);
+        let max = self.batch_max();
+        let time = self.config.queues.offload_time;
+        while named.len() + held.len() < max {
+            let next = match tier {
+                Tier::Remote => self.remote.as_mut().map(|remote| &mut remote.writes),
+                _ => self.disk.as_mut().map(|disk| &mut disk.writes),
+            };
+            let Some(next) = next.and_then(|queue| queue.pop(|_, _| true)) else {
+                break;
+            };
+            let name = match &next.item {
+                Queued::Named(name) => name.sequence,
+                Queued::Held(block) => block.hash(),
+            };
+            let there = match tier {
+                Tier::Remote => {
+                    let known = self.remote.as_ref().is_some_and(|r| r.index.contains(name));
+                    known || self.arriving_remote.contains(&name)
+                }
+                _ => {
+                    let known = self.disk.as_ref().is_some_and(|d| d.pool.contains(name));
+                    known || self.arriving_disk.contains(&name)
+                }
+            };
+            if now.saturating_sub(next.since) > time {
+                late += 1;
+            } else if !there {
+                match next.item {
+                    Queued::Named(name) if !named.contains(&name) => named.push(name),
+                    Queued::Named(_) => {}
+                    Queued::Held(block) => held.push(block),
+                }
+            }
+        }
+        self.dropped(Dropped::Late, late);
+        (named, held)
+    }
+
+    fn write_to_disk(
+        &mut self,
+        now: Duration,
+        mut sources: Vec<ImmutableBlock>,
+        demote: bool,
+    ) -> Option<MoveSpec> {
+        let disk = self.disk.as_ref()?;
+        let targets = take(&disk.pool, sources.len());
+        let dropped = sources.len() - targets.len();
+        sources.truncate(targets.len());
+        self.dropped(Dropped::NoRoom, dropped);
+        if sources.is_empty() {
+            return None;
+        }
+        let blocks = sources.iter().zip(&targets);
+        let blocks = blocks.map(|(source, target)| moved_block(source, target.id().0));
+        let blocks: Vec<MovedBlock> = blocks.collect();
+        let names = blocks.iter().map(|block| block.name.sequence);
+        self.arriving_disk.extend(names);
+        let flight = Flight {
+            kind: MoveKind::HostToDisk,
+            rank: DpRank::default(),
+            started: now,
+            time: self.config.queues.offload_time,
+            blocks,
+            job: Job::Write {
+                sources,
+                targets,
+                demote,
+            },
+        };
+        Some(self.start(flight))
+    }
+
+    fn write_to_remote(&mut self, now: Duration, sources: Vec<ImmutableBlock>) -> MoveSpec {
+        let blocks = sources.iter().map(|source| moved_block(source, u32::MAX));
+        let blocks: Vec<MovedBlock> = blocks.collect();
+        let names = blocks.iter().map(|block| block.name.sequence);
+        self.arriving_remote.extend(names);
+        let flight = Flight {
+            kind: MoveKind::HostToRemote,
+            rank: DpRank::default(),
+            started: now,
+            time: self.config.queues.offload_time,
+            blocks,
+            job: Job::Write {
+                sources,
+                targets: Vec::new(),
+                demote: false,
+            },
+        };
+        self.start(flight)
+    }
+
+    /// Asks whether blocks are to be written to G3, and queues those that are.
+    fn offer(
+        &mut self,
+        now: Duration,
+        rank: usize,
+        priority: u32,
+        names: &[TokenBlock],
+        offer: Offer,
+    ) {
+        let Some(disk) = self.disk.as_mut().filter(|d| !d.health.left_alone(now)) else {
+            return;
+        };
+        let here = disk.pool.contains_each(sequences(names));
+        let mut admitted = Vec::new();
+        for (name, here) in names.iter().zip(here) {
+            if !here && disk.admits(now, *name, offer) {
+                admitted.push(Queued::Named(*name));
+            }
+        }
+        let over = disk.writes.push(now, rank, priority, admitted);
+        self.dropped(Dropped::QueueFull, over);
+    }
+
+    fn remote_writes(&mut self, now: Duration) -> Option<&mut Remote> {
+        let remote = self.remote.as_mut()?;
+        (remote.write_through && !remote.health.left_alone(now)).then_some(remote)
+    }
+
+    /// Blocks of G2 that are made free before they are needed.
+    fn room_ahead(&self, host_blocks: usize) -> usize {
+        (2 * self.batch_max()).min(host_blocks / 8).max(1)
+    }
+}
+
+fn moved_block(source: &ImmutableBlock, to: u32) -> MovedBlock {
+    MovedBlock {
+        from: source.id().0,
+        to,
+        name: source.name(),
+        parent: source.parent(),
+    }
+}

@@ -1,0 +1,638 @@
+//! Random operations on all tiers with a mover that holds real contents, checked after each one:
+//! what is found is what a naive search finds, nothing held is overwritten, no name has a wrong
+//! byte, queues keep their bounds, everything ends, and no block is lost.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use blockplane_kvbm::{
+    AdmissionKind, BlockPool, ImmutableBlock, MutableBlock, PoolConfig, WriteBudgetConfig,
+    tier::{
+        BlockOutcome, DiskConfig, Invalid, MoveKind, MoveSpec, MovedBlock, OnboardId, QueueConfig,
+        RemoteConfig, RemoteIndex, TierConfig, TierMatch, TierPools, Tiers,
+    },
+};
+use blockplane_protocol::{BlockHash, BlockId, DpRank, SaltHash, SequenceHash, Tier, TokenBlock};
+use parking_lot::Mutex;
+use proptest::{collection::vec, prelude::*};
+
+const BLOCK_BYTES: u64 = 100;
+const GARBAGE: u64 = 0xdead;
+
+#[derive(Clone, Debug)]
+struct Shape {
+    device: u32,
+    host: u32,
+    disk: u32,
+    remote: bool,
+    admission: AdmissionKind,
+    promote: bool,
+    budget: Option<u64>,
+    batch: u32,
+    concurrent: u32,
+    queue: u32,
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    /// A request: found, onboarded as far as there is room, the rest computed and offloaded.
+    Compute {
+        rank: u16,
+        path: Vec<u8>,
+        priority: Option<u32>,
+    },
+    Find {
+        rank: u16,
+        path: Vec<u8>,
+    },
+    Onboard {
+        found: usize,
+        millis: u64,
+    },
+    DropMatch(usize),
+    Cancel(usize),
+    Start,
+    Finish {
+        running: usize,
+        end: End,
+    },
+    Quiet(usize),
+    Corrupt(u32),
+    ForgetHost(Vec<u8>),
+    ForgetRemote(Vec<u8>),
+    TurnOff(bool),
+    Pass(u64),
+}
+
+#[derive(Clone, Copy, Debug)]
+enum End {
+    Moved,
+    /// Every other block fails.
+    Half,
+    Failed,
+    Bad,
+    /// Fails, and bytes land until it is quiet.
+    Unquiet,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let path = || vec(0..3u8, 1..7);
+    let pick = || 0..64usize;
+    let end = prop_oneof![
+        12 => Just(End::Moved),
+        2 => Just(End::Half),
+        1 => Just(End::Failed),
+        1 => Just(End::Bad),
+        1 => Just(End::Unquiet),
+    ];
+    prop_oneof![
+        6 => (0..2u16, path(), proptest::option::of(0..60u32))
+            .prop_map(|(rank, path, priority)| Op::Compute { rank, path, priority }),
+        5 => (0..2u16, path()).prop_map(|(rank, path)| Op::Find { rank, path }),
+        5 => (pick(), prop_oneof![Just(0u64), 1..3000u64])
+            .prop_map(|(found, millis)| Op::Onboard { found, millis }),
+        2 => pick().prop_map(Op::DropMatch),
+        1 => pick().prop_map(Op::Cancel),
+        16 => Just(Op::Start),
+        14 => (pick(), end).prop_map(|(running, end)| Op::Finish { running, end }),
+        2 => pick().prop_map(Op::Quiet),
+        1 => (0..16u32).prop_map(Op::Corrupt),
+        1 => path().prop_map(Op::ForgetHost),
+        1 => path().prop_map(Op::ForgetRemote),
+        1 => proptest::bool::weighted(0.02).prop_map(Op::TurnOff),
+        3 => prop_oneof![4 => 0..200u64, 1 => 0..20_000u64].prop_map(Op::Pass),
+    ]
+}
+
+fn shape() -> impl Strategy<Value = Shape> {
+    let admission = prop_oneof![
+        Just(AdmissionKind::All),
+        Just(AdmissionKind::Frequency),
+        Just(AdmissionKind::SeenK { k: 2 }),
+        Just(AdmissionKind::OnEvict),
+    ];
+    (
+        (
+            6..14u32,
+            prop_oneof![1 => Just(0u32), 4 => 2..12u32],
+            prop_oneof![1 => Just(0u32), 4 => 1..16u32],
+            any::<bool>(),
+            admission,
+        ),
+        (
+            any::<bool>(),
+            proptest::option::of(200..2000u64),
+            1..5u32,
+            1..5u32,
+            1..12u32,
+        ),
+    )
+        .prop_map(
+            |(
+                (device, host, disk, remote, admission),
+                (promote, budget, batch, concurrent, queue),
+            )| Shape {
+                device,
+                host: if disk == 0 && !remote {
+                    host.max(2)
+                } else {
+                    host
+                },
+                disk,
+                remote,
+                admission,
+                promote,
+                budget,
+                batch,
+                concurrent,
+                queue,
+            },
+        )
+}
+
+fn names(path: &[u8]) -> Vec<TokenBlock> {
+    let mut parent = None;
+    let chain = path.iter().map(|&token| {
+        let block = BlockHash::of(&[token.into()], SaltHash::default());
+        let sequence = SequenceHash::extend(parent, block);
+        parent = Some(sequence);
+        TokenBlock { block, sequence }
+    });
+    chain.collect()
+}
+
+#[derive(Default)]
+struct Objects(Mutex<BTreeMap<SequenceHash, u64>>);
+
+impl RemoteIndex for Objects {
+    fn contains(&self, name: SequenceHash) -> bool {
+        self.0.lock().contains_key(&name)
+    }
+
+    fn len(&self) -> usize {
+        self.0.lock().len()
+    }
+}
+
+/// One request's targets while they are loaded.
+struct Loading {
+    rank: usize,
+    names: Vec<(SequenceHash, Tier)>,
+    chain: Vec<TokenBlock>,
+    targets: Vec<MutableBlock>,
+}
+
+struct Found {
+    found: TierMatch,
+    rank: usize,
+    chain: Vec<TokenBlock>,
+    held: Vec<(Tier, SequenceHash)>,
+}
+
+struct World {
+    tiers: Tiers,
+    config: TierConfig,
+    device: Vec<BlockPool>,
+    host: BlockPool,
+    disk: Option<BlockPool>,
+    remote: Option<Arc<Objects>>,
+    /// Contents by slot.
+    g1: Vec<Vec<u64>>,
+    g2: Vec<u64>,
+    g3: Vec<u64>,
+    corrupt: BTreeSet<u32>,
+    now: Duration,
+    found: Vec<Found>,
+    loading: BTreeMap<OnboardId, Loading>,
+    running: Vec<MoveSpec>,
+    unquiet: Vec<(MoveSpec, Vec<MovedBlock>)>,
+    wrong: usize,
+}
+
+impl World {
+    fn new(shape: &Shape) -> Self {
+        let queues = QueueConfig {
+            offload_blocks_max: shape.queue,
+            onboard_requests_max: 3,
+            batch_blocks: shape.batch,
+            concurrent: shape.concurrent,
+            ..QueueConfig::default()
+        };
+        let disk_config = DiskConfig {
+            admission: shape.admission.into(),
+            budget: WriteBudgetConfig {
+                bytes_per_s: shape.budget,
+                ..WriteBudgetConfig::default()
+            },
+            ..DiskConfig::new(shape.disk)
+        };
+        let config = TierConfig {
+            host_blocks: shape.host,
+            bounce_blocks: 4,
+            disk: (shape.disk > 0).then_some(disk_config),
+            remote: shape.remote.then(RemoteConfig::default),
+            queues,
+            promote: shape.promote,
+            host_min_priority: 10,
+            ..TierConfig::default()
+        };
+        let host = BlockPool::accounting(
+            config.host_memory_blocks(),
+            PoolConfig {
+                prefix_caching: shape.host > 0,
+                ..PoolConfig::default()
+            },
+        );
+        let disk = BlockPool::accounting(shape.disk, PoolConfig::default());
+        let disk = (shape.disk > 0).then_some(disk);
+        let remote = shape.remote.then(Arc::<Objects>::default);
+        let pools = TierPools {
+            host: host.clone(),
+            disk: disk.clone(),
+            remote: remote.clone().map(|index| index as Arc<dyn RemoteIndex>),
+        };
+        let mut tiers = Tiers::new(&config, pools, BLOCK_BYTES).unwrap();
+        let pool = || BlockPool::accounting(shape.device, PoolConfig::default());
+        let device = vec![pool(), pool()];
+        for (rank, pool) in (0..).zip(&device) {
+            tiers.attach(DpRank(rank), pool.clone());
+        }
+        Self {
+            tiers,
+            g1: vec![vec![GARBAGE; shape.device as usize]; 2],
+            g2: vec![GARBAGE; config.host_memory_blocks() as usize],
+            g3: vec![GARBAGE; shape.disk as usize],
+            config,
+            device,
+            host,
+            disk,
+            remote,
+            corrupt: BTreeSet::new(),
+            now: Duration::ZERO,
+            found: Vec::new(),
+            loading: BTreeMap::new(),
+            running: Vec::new(),
+            unquiet: Vec::new(),
+            wrong: 0,
+        }
+    }
+
+    fn apply(&mut self, op: &Op) {
+        match op {
+            Op::Compute {
+                rank,
+                path,
+                priority,
+            } => self.compute(*rank, &names(path), *priority),
+            Op::Find { rank, path } => self.find(*rank, names(path)),
+            Op::Onboard { found, millis } => {
+                if let Some(found) = take(&mut self.found, *found) {
+                    self.onboard(found, Duration::from_millis(*millis));
+                }
+            }
+            Op::DropMatch(at) => drop(take(&mut self.found, *at)),
+            Op::Cancel(at) => {
+                if let Some(id) = self.loading.keys().nth(*at).copied() {
+                    self.tiers.cancel(self.now, id);
+                }
+            }
+            Op::Start => self.start(),
+            Op::Finish { running, end } => {
+                if let Some(spec) = take(&mut self.running, *running) {
+                    self.finish(spec, *end);
+                }
+            }
+            Op::Quiet(at) => {
+                if let Some((spec, blocks)) = take(&mut self.unquiet, *at) {
+                    self.quiet(&spec, &blocks);
+                }
+            }
+            Op::Corrupt(slot) => {
+                if let Some(contents) = self.g3.get_mut(*slot as usize) {
+                    *contents ^= 1;
+                    self.corrupt.insert(*slot);
+                }
+            }
+            Op::ForgetHost(path) => {
+                let name = names(path).pop().unwrap().sequence;
+                self.host.forget(name);
+            }
+            Op::ForgetRemote(path) => {
+                let name = names(path).pop().unwrap().sequence;
+                if let Some(remote) = &self.remote {
+                    remote.0.lock().remove(&name);
+                }
+            }
+            Op::TurnOff(really) => {
+                if *really {
+                    self.tiers.turn_off(self.now, Tier::Disk, "test".to_owned());
+                }
+            }
+            Op::Pass(millis) => {
+                self.now += Duration::from_millis(*millis);
+                self.tiers.tick(self.now);
+            }
+        }
+        self.ended();
+    }
+
+    fn compute(&mut self, rank: u16, chain: &[TokenBlock], priority: Option<u32>) {
+        let at = usize::from(rank);
+        self.tiers.referenced(chain);
+        let here = self.device[at].match_prefix(chain);
+        let Ok(fresh) = self.device[at].allocate(chain.len() - here.len()) else {
+            return;
+        };
+        let missing = &chain[here.len()..];
+        let mut parent = here.last().map(ImmutableBlock::hash);
+        let mut blocks = Vec::new();
+        for (block, name) in fresh.into_iter().zip(missing) {
+            self.g1[at][block.id().index()] = name.sequence.0;
+            blocks.push(block.complete(*name, parent));
+            parent = Some(name.sequence);
+        }
+        let held = BlockPool::register(blocks);
+        self.tiers
+            .offload(self.now, DpRank(rank.into()), missing, priority);
+        drop((here, held));
+    }
+
+    fn find(&mut self, rank: u16, chain: Vec<TokenBlock>) {
+        let expected = self.naive_find(rank, &chain);
+        let found = self.tiers.find(self.now, DpRank(rank.into()), &chain);
+        let got: Vec<_> = found.blocks().collect();
+        let held = got.iter().map(|(name, tier)| (*tier, *name)).collect();
+        let states = self.tiers.stats().states;
+        if [states.disk, states.remote].iter().all(|state| {
+            use blockplane_kvbm::tier::TierState as S;
+            matches!(state, S::On | S::Shrunk { .. })
+        }) {
+            assert_eq!(got, expected);
+        }
+        self.found.push(Found {
+            found,
+            rank: rank.into(),
+            chain,
+            held,
+        });
+    }
+
+    fn naive_find(&self, rank: u16, chain: &[TokenBlock]) -> Vec<(SequenceHash, Tier)> {
+        let tier = |name: SequenceHash| {
+            if self.device[usize::from(rank)].contains(name) {
+                Some(Tier::Device)
+            } else if self.host.contains(name) {
+                Some(Tier::Host)
+            } else if self.disk.as_ref().is_some_and(|disk| disk.contains(name)) {
+                Some(Tier::Disk)
+            } else {
+                let there = self.remote.as_ref().is_some_and(|r| r.contains(name));
+                there.then_some(Tier::Remote)
+            }
+        };
+        let found = chain
+            .iter()
+            .map_while(|name| Some((name.sequence, tier(name.sequence)?)));
+        found.collect()
+    }
+
+    fn onboard(&mut self, found: Found, time: Duration) {
+        let Ok(targets) = self.device[found.rank].allocate(found.found.missing_targets()) else {
+            return;
+        };
+        let ids = targets.iter().map(MutableBlock::id).collect();
+        let loading = Loading {
+            rank: found.rank,
+            names: found.found.blocks().collect(),
+            chain: found.chain,
+            targets,
+        };
+        let rank = found.found.rank();
+        let deadline = self.now + time;
+        let id = self
+            .tiers
+            .onboard(self.now, rank, found.found, ids, deadline);
+        self.loading.insert(id, loading);
+    }
+
+    fn start(&mut self) {
+        if let Some(spec) = self.tiers.next_move(self.now) {
+            assert!(!spec.blocks.is_empty());
+            assert!(spec.blocks.len() <= self.config.queues.batch_blocks as usize);
+            self.running.push(spec);
+            assert!(self.running.len() <= self.config.queues.concurrent as usize);
+        }
+    }
+
+    fn finish(&mut self, spec: MoveSpec, end: End) {
+        let outcomes: Vec<BlockOutcome> = (0..)
+            .zip(&spec.blocks)
+            .map(|(i, block)| match end {
+                End::Moved => self.copy(&spec, block),
+                End::Half if i % 2 == 0 => self.copy(&spec, block),
+                End::Bad => BlockOutcome::Bad("bad".to_owned()),
+                End::Half | End::Failed | End::Unquiet => BlockOutcome::Failed("no".to_owned()),
+            })
+            .collect();
+        let quiet = !matches!(end, End::Unquiet);
+        let bad = |outcome: &&BlockOutcome| matches!(outcome, BlockOutcome::Invalid(_));
+        self.wrong += outcomes.iter().filter(bad).count();
+        self.tiers.moved(self.now, spec.id, outcomes, quiet);
+        if !quiet {
+            let blocks = spec.blocks.clone();
+            self.unquiet.push((spec, blocks));
+        }
+    }
+
+    /// Copies what is there: a block that was not kept as it was is a wrong copy.
+    fn copy(&mut self, spec: &MoveSpec, block: &MovedBlock) -> BlockOutcome {
+        let (from, to) = (block.from as usize, block.to as usize);
+        let rank = spec.rank.0 as usize;
+        let name = block.name.sequence;
+        match spec.kind {
+            MoveKind::DeviceToHost => self.g2[to] = self.g1[rank][from],
+            MoveKind::HostToDevice => self.g1[rank][to] = self.g2[from],
+            MoveKind::HostToDisk => {
+                self.g3[to] = self.g2[from];
+                self.corrupt.remove(&block.to);
+            }
+            MoveKind::DiskToHost => {
+                if self.g3[from] != name.0 {
+                    assert!(self.corrupt.contains(&block.from), "a slot was overwritten");
+                    return BlockOutcome::Invalid(Invalid::Checksum);
+                }
+                self.g2[to] = self.g3[from];
+            }
+            MoveKind::HostToRemote => {
+                let remote = self.remote.as_ref().unwrap();
+                remote.0.lock().insert(name, self.g2[from]);
+            }
+            MoveKind::RemoteToHost => {
+                let found = self.remote.as_ref().unwrap().0.lock().get(&name).copied();
+                let Some(contents) = found else {
+                    return BlockOutcome::Invalid(Invalid::Missing);
+                };
+                self.g2[to] = contents;
+            }
+        }
+        BlockOutcome::Moved
+    }
+
+    /// The last bytes of a move that was given up land, then no more.
+    fn quiet(&mut self, spec: &MoveSpec, blocks: &[MovedBlock]) {
+        for block in blocks {
+            let to = block.to as usize;
+            match spec.kind {
+                MoveKind::HostToDevice => self.g1[spec.rank.0 as usize][to] = GARBAGE,
+                MoveKind::HostToDisk => self.g3[to] = GARBAGE,
+                MoveKind::DeviceToHost | MoveKind::DiskToHost | MoveKind::RemoteToHost => {
+                    self.g2[to] = GARBAGE;
+                }
+                MoveKind::HostToRemote => {}
+            }
+        }
+        self.tiers.quiet(self.now, spec.id);
+    }
+
+    /// Takes the ends of onboards: what is loaded is used, the rest given back.
+    fn ended(&mut self) {
+        for (id, end) in self.tiers.finished() {
+            let loading = self.loading.remove(&id).expect("it ends once");
+            assert_eq!(end.reason.is_none(), end.loaded == loading.names.len());
+            assert!(end.waited <= self.now);
+            let ids: Vec<BlockId> = loading.targets.iter().map(MutableBlock::id).collect();
+            let lower = |(_, tier): &&(SequenceHash, Tier)| *tier != Tier::Device;
+            let loaded = loading.names[..end.loaded].iter().filter(lower).count();
+            assert_eq!(end.not_loaded, ids[loaded..]);
+            let mut targets = loading.targets.into_iter();
+            let mut parent = None;
+            for ((name, tier), block) in loading.names.iter().zip(&loading.chain).take(end.loaded) {
+                if *tier != Tier::Device {
+                    let target = targets.next().unwrap();
+                    assert_eq!(self.g1[loading.rank][target.id().index()], name.0);
+                    drop(target.complete(*block, parent).register());
+                }
+                parent = Some(*name);
+            }
+        }
+    }
+
+    /// What must hold between any two operations.
+    fn check(&self) {
+        let stats = self.tiers.stats();
+        let queues = &self.config.queues;
+        let max = queues.offload_blocks_max as usize;
+        assert!(stats.offload_queue_blocks <= max);
+        assert!(stats.disk_queue_blocks <= max && stats.remote_queue_blocks <= max);
+        assert!(stats.onboards <= queues.onboard_requests_max as usize);
+        for found in &self.found {
+            for (tier, name) in &found.held {
+                match tier {
+                    Tier::Device => assert!(self.device[found.rank].contains(*name)),
+                    Tier::Disk => self.holds(self.disk.as_ref().unwrap(), *name),
+                    // A test operation forgets these by force.
+                    Tier::Host | Tier::Remote => {}
+                }
+            }
+        }
+        for path in all_paths() {
+            let name = names(&path).pop().unwrap();
+            for (pool, contents) in self.device.iter().zip(&self.g1) {
+                check_contents(pool, contents, name, &BTreeSet::new());
+            }
+            check_contents(&self.host, &self.g2, name, &BTreeSet::new());
+            if let Some(disk) = &self.disk {
+                check_contents(disk, &self.g3, name, &self.corrupt);
+            }
+        }
+    }
+
+    /// A block that a match holds is still there, unless it was found to be wrong.
+    fn holds(&self, pool: &BlockPool, name: SequenceHash) {
+        assert!(
+            pool.contains(name)
+                || self.wrong > 0
+                || self.tiers.stats().disk_bad_blocks > 0
+                || self.tiers.stats().invalid.disk > 0
+                || self.had_bad_reads()
+        );
+    }
+
+    fn had_bad_reads(&self) -> bool {
+        self.tiers.stats().of(MoveKind::DiskToHost).failed_blocks > 0
+    }
+
+    /// Lets everything end and looks for blocks that were lost.
+    fn drain(&mut self) {
+        self.found.clear();
+        for (spec, blocks) in std::mem::take(&mut self.unquiet) {
+            self.quiet(&spec, &blocks);
+        }
+        for _ in 0..10_000 {
+            self.start();
+            self.ended();
+            match self.running.pop() {
+                Some(spec) => self.finish(spec, End::Moved),
+                None if self.tiers.idle() => break,
+                None => {
+                    self.now += Duration::from_millis(100);
+                    self.tiers.tick(self.now);
+                }
+            }
+        }
+        self.ended();
+        assert!(self.tiers.idle(), "{:?}", self.tiers.stats());
+        assert!(self.loading.is_empty());
+        for pool in self.device.iter().chain([&self.host]) {
+            let stats = pool.stats();
+            assert_eq!(stats.free + stats.cached, stats.total, "{stats:?}");
+        }
+        if let Some(disk) = &self.disk {
+            let stats = disk.stats();
+            let aside = self.tiers.stats().disk_quarantined_blocks;
+            assert!(aside <= 1);
+            assert_eq!((stats.active, stats.quarantined), (aside, 0), "{stats:?}");
+        }
+    }
+}
+
+fn check_contents(pool: &BlockPool, contents: &[u64], name: TokenBlock, except: &BTreeSet<u32>) {
+    for block in pool.match_prefix(&[name]) {
+        let right = contents[block.id().index()] == name.sequence.0;
+        assert!(
+            right || except.contains(&block.id().0),
+            "a wrong byte under a name"
+        );
+    }
+}
+
+fn take<T>(list: &mut Vec<T>, at: usize) -> Option<T> {
+    (!list.is_empty()).then(|| list.remove(at % list.len()))
+}
+
+/// A part of all names, enough to meet those that are used most.
+fn all_paths() -> impl Iterator<Item = Vec<u8>> {
+    let one = (0..3u8).map(|a| vec![a]);
+    let two = (0..9u8).map(|i| vec![i / 3, i % 3]);
+    let three = (0..27u8).map(|i| vec![i / 9, i / 3 % 3, i % 3]);
+    one.chain(two).chain(three)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn all_tiers_agree_with_what_is_true(shape in shape(), ops in vec(op(), 1..160)) {
+        let mut world = World::new(&shape);
+        for op in &ops {
+            world.apply(op);
+            world.check();
+        }
+        world.drain();
+    }
+}
