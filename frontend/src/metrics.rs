@@ -369,7 +369,7 @@ struct WorkerCollector {
 
 type LoadGauge = (&'static str, &'static str, fn(&LoadReport) -> u64);
 
-const WORKER_GAUGES: [LoadGauge; 13] = [
+const WORKER_GAUGES: [LoadGauge; 17] = [
     ("blocks_total", "KV blocks of the pool", |load| {
         load.blocks_total.into()
     }),
@@ -408,6 +408,26 @@ const WORKER_GAUGES: [LoadGauge; 13] = [
         "cached_tokens",
         "Prompt tokens found in the cache since start",
         |load| load.cached_tokens_total,
+    ),
+    (
+        "cached_host_tokens",
+        "Prompt tokens loaded from host memory since start",
+        |load| load.cached_host_tokens_total,
+    ),
+    (
+        "cached_disk_tokens",
+        "Prompt tokens loaded from disk since start",
+        |load| load.cached_disk_tokens_total,
+    ),
+    (
+        "cached_remote_tokens",
+        "Prompt tokens loaded from an object store or another worker since start",
+        |load| load.cached_remote_tokens_total,
+    ),
+    (
+        "onboard_failures",
+        "Requests that lower tiers did not give all they had found since start",
+        |load| load.onboard_failures_total,
     ),
     ("decode_tokens", "Tokens generated since start", |load| {
         load.decode_tokens_total

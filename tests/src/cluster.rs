@@ -44,6 +44,7 @@ pub struct ClusterBuilder {
     arguments: Vec<String>,
     frontend_arguments: Vec<String>,
     worker_arguments: Vec<String>,
+    variables: Vec<(String, String)>,
 }
 
 /// A running deployment. Dropping it kills every process of it, and prints the logs unless
@@ -88,7 +89,15 @@ impl ClusterBuilder {
             arguments: Vec::new(),
             frontend_arguments: Vec::new(),
             worker_arguments: Vec::new(),
+            variables: Vec::new(),
         }
+    }
+
+    /// Sets a variable in the environment of every process.
+    #[must_use]
+    pub fn variable(mut self, name: &str, value: &dyn std::fmt::Display) -> Self {
+        self.variables.push((name.to_owned(), value.to_string()));
+        self
     }
 
     /// Serves the checkpoint of this folder.
@@ -227,8 +236,10 @@ impl Cluster {
     /// # Errors
     /// The process cannot be started.
     pub fn start(&self, name: &str, arguments: &[String]) -> Result<Process> {
-        let mark = [(proc_table::MARK, self.mark.as_str())];
-        Process::start(name, &fixtures::binary()?, arguments, &mark)
+        let mut variables = vec![(proc_table::MARK, self.mark.as_str())];
+        let given = self.builder.variables.iter();
+        variables.extend(given.map(|(name, value)| (name.as_str(), value.as_str())));
+        Process::start(name, &fixtures::binary()?, arguments, &variables)
     }
 
     /// Starts `blockplane frontend`.
@@ -474,7 +485,10 @@ fn with_role(mark: &str, role: Role) -> Vec<Entry> {
 }
 
 /// A port of the loopback interface that nobody listens on now.
-fn free_port() -> Result<u16> {
+///
+/// # Errors
+/// There is none.
+pub fn free_port() -> Result<u16> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     Ok(listener.local_addr()?.port())
 }
