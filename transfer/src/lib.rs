@@ -395,7 +395,7 @@ pub use stats::{AgentStats, CostBasis, CostEstimate, FlowStats, LatencyHistogram
 #[cfg(feature = "object")]
 pub use storage::{
     AzureConfig, AzureCredentials, GcsConfig, GcsCredentials, ObjectBlocks, ObjectConfig,
-    ObjectInfo, ObjectLocation, ObjectStore, S3Config, S3Credentials, Secret,
+    ObjectInfo, ObjectList, ObjectLocation, ObjectStore, S3Config, S3Credentials, Secret,
 };
 pub use storage::{
     DirectIo, DirectUse, FileAccess, FileBlocks, FileConfig, FileCreation, FileEngine, FileInfo,

@@ -91,6 +91,8 @@ pub enum StorageAction {
     Sync,
     /// Asking for length, times and the like.
     Query,
+    /// Asking which objects there are.
+    List,
     /// Deleting objects.
     Delete,
 }
@@ -102,6 +104,7 @@ impl fmt::Display for StorageAction {
             Self::Write => "cannot write",
             Self::Sync => "cannot sync",
             Self::Query => "cannot query",
+            Self::List => "cannot list",
             Self::Delete => "cannot delete",
         })
     }

@@ -26,7 +26,7 @@ pub use file::{FileBlocks, FileRanges, FileStore};
 #[cfg(feature = "object")]
 pub use object::{
     AzureConfig, AzureCredentials, GcsConfig, GcsCredentials, ObjectBlocks, ObjectConfig,
-    ObjectInfo, ObjectLocation, ObjectStore, S3Config, S3Credentials, Secret,
+    ObjectInfo, ObjectList, ObjectLocation, ObjectStore, S3Config, S3Credentials, Secret,
 };
 
 pub(crate) use backend::{Moves, StoreBackend};

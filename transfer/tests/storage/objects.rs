@@ -166,6 +166,54 @@ fn blocks_come_back_from_every_store() {
 }
 
 #[test]
+fn stores_say_what_they_have() {
+    let agent = agent();
+    let (stores, _folder, server) = stores(&agent);
+    server.put("/bucket/kv/model2/block/x", vec![1; 10]);
+    for store in &stores {
+        let memory = arena(&agent, 16 * 100);
+        let local = Blocks::flat(16, 100, &(0..11).collect::<Vec<_>>());
+        let mut keys = keys(10);
+        keys.push("blocks".to_owned());
+        let nothing = store.list(None, 5, WAIT).unwrap();
+        assert!(nothing.complete && nothing.objects.is_empty());
+        transfer(&agent, Op::Write, (&memory, &local), blocks(store, &keys)).unwrap();
+
+        let mut all = store.list(None, 100, WAIT).unwrap();
+        all.objects.sort();
+        let named = |keys: &[String]| keys.iter().map(|key| (key.clone(), 100)).collect();
+        let expected: Vec<(String, u64)> = named(&keys);
+        assert_eq!((all.objects, all.complete), (expected, true));
+        let mut below = store.list(Some("block"), 10, WAIT).unwrap();
+        below.objects.sort();
+        assert_eq!(below.objects, named(&keys[..10]));
+        assert!(below.complete, "exactly as many as asked for");
+        let some = store.list(Some("block"), 7, WAIT).unwrap();
+        assert_eq!((some.objects.len(), some.complete), (7, false));
+        let none = store.list(Some("bloc"), 7, WAIT).unwrap();
+        assert!(none.complete && none.objects.is_empty());
+
+        let bad = store.list(Some("a//b"), 7, WAIT).unwrap_err();
+        assert_eq!(bad.action, StorageAction::List);
+    }
+    let store = &stores[2];
+    server.fail("GET", Fault::Status(403), 1);
+    let denied = store.list(Some("block"), 7, WAIT).unwrap_err();
+    assert_eq!(denied.kind, StorageErrorKind::Denied);
+    assert!(
+        denied
+            .to_string()
+            .starts_with("cannot list s3://bucket/kv/model/block "),
+        "{denied}"
+    );
+    server.fail("GET", Fault::Silence, 1);
+    let started = std::time::Instant::now();
+    let late = store.list(None, 7, Duration::from_millis(50)).unwrap_err();
+    assert_eq!(late.kind, StorageErrorKind::TimedOut);
+    assert!(started.elapsed() < WAIT / 2);
+}
+
+#[test]
 fn large_objects_are_written_in_parts() {
     let agent = agent_with(|config| config.storage.object_part_bytes = 5 << 20);
     let (stores, _folder, server) = stores(&agent);

@@ -261,6 +261,7 @@ impl Shared {
                 state.objects.insert(path, request.body.clone());
                 answer
             }
+            ("GET", _) if query.contains_key("list-type") => list(&state.objects, &path, &query),
             ("GET" | "HEAD", _) => {
                 let Some(bytes) = state.objects.get(&path) else {
                     return Answer::new(404, "<Error/>");
@@ -293,6 +294,36 @@ impl Shared {
             _ => Answer::new(405, ""),
         }
     }
+}
+
+/// Objects that one answer of a listing names.
+const PAGE: usize = 4;
+
+/// A page of a listing: keys in order, behind the token.
+fn list(objects: &BTreeMap<String, Vec<u8>>, bucket: &str, query: &HashMap<&str, &str>) -> Answer {
+    let text = |name| query.get(name).map(|value| value.replace("%2F", "/"));
+    let prefix = text("prefix").unwrap_or_default();
+    let token = text("continuation-token").unwrap_or_default();
+    let keys = objects.iter().filter_map(|(path, bytes)| {
+        let key = path.strip_prefix(bucket)?.trim_start_matches('/');
+        (key.starts_with(&prefix) && *key > *token).then_some((key, bytes.len()))
+    });
+    let keys: Vec<_> = keys.collect();
+    let mut body = "<ListBucketResult>".to_owned();
+    for (key, size) in keys.iter().take(PAGE) {
+        body.push_str(&format!(
+            "<Contents><Key>{key}</Key><Size>{size}</Size>\
+             <LastModified>2026-10-21T07:28:00.000Z</LastModified></Contents>"
+        ));
+    }
+    if keys.len() > PAGE {
+        let next = keys[PAGE - 1].0;
+        body.push_str(&format!(
+            "<NextContinuationToken>{next}</NextContinuationToken>"
+        ));
+    }
+    body.push_str("</ListBucketResult>");
+    Answer::new(200, body)
 }
 
 fn read(reader: &mut BufReader<TcpStream>) -> std::io::Result<Option<Request>> {

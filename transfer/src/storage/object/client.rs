@@ -132,6 +132,20 @@ impl Client {
         })
     }
 
+    /// What is put in front of every key.
+    pub(super) const fn prefix(&self) -> Option<&Path> {
+        self.prefix.as_ref()
+    }
+
+    /// The key of a path that the store named; none when it is not below the prefix.
+    pub(super) fn key(&self, path: &Path) -> Option<String> {
+        let Some(prefix) = &self.prefix else {
+            return Some(path.as_ref().to_owned());
+        };
+        let key = path.as_ref().strip_prefix(prefix.as_ref())?;
+        key.strip_prefix('/').map(str::to_owned)
+    }
+
     /// How errors name an object.
     pub(super) fn object(&self, path: &Path) -> String {
         match &self.prefix {

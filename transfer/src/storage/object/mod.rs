@@ -147,6 +147,33 @@ impl ObjectStore {
         deleted.into_iter().collect()
     }
 
+    /// Names and lengths of the objects below `folder` (whole parts of keys: `a/b` is not below
+    /// `a/b2`), or of all objects below the prefix of the store: at most `limit` of them, in the
+    /// order of the store, which is that of the keys for S3 and none for folders. Waits for the store
+    /// at most `timeout`.
+    ///
+    /// # Errors
+    /// The folder is not a key, the store refuses or does not answer.
+    pub fn list(
+        &self,
+        folder: Option<&str>,
+        limit: usize,
+        timeout: Duration,
+    ) -> Result<ObjectList, StorageError> {
+        let action = StorageAction::List;
+        let below = match folder {
+            Some(folder) => self.paths(&[folder], action)?.pop(),
+            None => self.client.prefix().cloned(),
+        };
+        let client = self.client.clone();
+        let listed = self.engine.ask(vec![below], timeout, move |below| {
+            let client = client.clone();
+            async move { moving::list(&client, below.as_ref(), limit).await }
+        });
+        let listed = listed.and_then(|mut listed| listed.pop());
+        listed.ok_or_else(|| self.no_answer(action))?
+    }
+
     fn paths(
         &self,
         keys: &[impl AsRef<str>],
@@ -186,6 +213,16 @@ pub struct ObjectInfo {
     pub etag: Option<String>,
     /// Last change.
     pub modified: SystemTime,
+}
+
+/// Objects that a store has.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ObjectList {
+    /// Their keys, without the prefix of the store, and their lengths in bytes.
+    pub objects: Vec<(String, u64)>,
+    /// Whether there are no others.
+    pub complete: bool,
 }
 
 /// Blocks in objects: the i-th local block pairs with the i-th key.

@@ -14,9 +14,9 @@ use object_store::{
 };
 use tokio::sync::Semaphore;
 
-use super::ObjectWork;
 use super::client::{Client, kind_of};
 use super::http::LAST_ANSWER;
+use super::{ObjectList, ObjectWork};
 use crate::memory::copy_bytes;
 use crate::op::Work;
 use crate::plan::{Order, Segments};
@@ -225,6 +225,35 @@ pub(super) async fn head(
         Ok(meta) => Ok(Some(meta)),
         Err(error) if error.kind == StorageErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+/// The first `limit` objects below a folder.
+pub(super) async fn list(
+    client: &Client,
+    below: Option<&Path>,
+    limit: usize,
+) -> Result<ObjectList, StorageError> {
+    let root = Path::default();
+    let name = below.unwrap_or(&root);
+    let mut found = ObjectList::default();
+    let mut objects = client.store.list(below);
+    loop {
+        let next = sorted(client, StorageAction::List, name, 0, async {
+            objects.next().await.transpose()
+        });
+        let Some(meta) = next.await? else {
+            found.complete = true;
+            return Ok(found);
+        };
+        // What is not below the prefix was not asked for.
+        let Some(key) = client.key(&meta.location) else {
+            continue;
+        };
+        if found.objects.len() >= limit {
+            return Ok(found);
+        }
+        found.objects.push((key, meta.size));
     }
 }
 
