@@ -393,10 +393,11 @@ def run_loom(tally):
     """Every order in which threads can meet. The flag changes all crates below, so it has a target
     folder of its own; what is built there is small."""
     flags = dict(os.environ, RUSTFLAGS="--cfg loom")
-    command = ["cargo", "test", "--release", "-p", "blockplane-transfer", "--lib"]
-    command += ["--no-default-features", "--target-dir", str(LOOM_TARGET), "loom_"]
-    code, output = stream(command, ROOT, LIMIT_S["unit"], flags, hide=PASSED)
-    count_rust("unit: loom models", code, output, tally)
+    for crate in ["blockplane-transfer", "blockplane-kvbm"]:
+        command = ["cargo", "test", "--release", "-p", crate, "--lib"]
+        command += ["--no-default-features", "--target-dir", str(LOOM_TARGET), "loom_"]
+        code, output = stream(command, ROOT, LIMIT_S["unit"], flags, hide=PASSED)
+        count_rust(f"unit: loom models of {crate}", code, output, tally)
 
 
 def run_asan(tally):

@@ -2,12 +2,19 @@
 //! blockplane-kvbm`. Each figure is the best of several rounds; aims are in brackets.
 #![expect(clippy::print_stdout, reason = "its output is its purpose")]
 
-use std::{hint::black_box, time::Instant};
+use std::{
+    hint::black_box,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
 
 use blockplane_kvbm::{BlockPool, CompleteBlock, ImmutableBlock, PoolConfig};
 use blockplane_protocol::{SaltHash, SequenceHash, TokenBlock, TokenSequence};
 
 const ROUNDS: usize = 50;
+/// How long threads work together for one figure.
+const TOGETHER: Duration = Duration::from_millis(100);
 
 fn main() {
     let pool = BlockPool::accounting(100_000, PoolConfig::default());
@@ -22,6 +29,15 @@ fn main() {
         fill_and_release_singly(&pool, turn.next().expect("endless"))
     });
     println!("the same, 100,000 blocks                   {evicting:7.1} ns a block  [300]");
+
+    for threads in 1..=2 {
+        let mut rates = [(); 9].map(|()| blocks_per_s(&pool, &prompts, threads));
+        rates.sort_by(f64::total_cmp);
+        let median = 1e9 / rates[rates.len() / 2];
+        println!(
+            "the same, threads: {threads}                       {median:7.1} ns between blocks"
+        );
+    }
 
     let evicting = best_ns(1_000, || drop(fill(&pool, turn.next().expect("endless"))));
     println!("the same, 1,000 at once                    {evicting:7.1} ns a block");
@@ -71,6 +87,37 @@ fn fill_and_release_singly(pool: &BlockPool, prompt: &[TokenBlock]) {
         let block = pool.allocate(1).expect("nothing is held").remove(0);
         drop(block.complete(*hashes, parent).register());
     }
+}
+
+/// Blocks that all `threads` together fill and release singly in a second.
+fn blocks_per_s(pool: &BlockPool, prompts: &[Vec<TokenBlock>], threads: usize) -> f64 {
+    let stop = AtomicBool::new(false);
+    let start = Instant::now();
+    let blocks: usize = thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads)
+            .map(|thread| {
+                let stop = &stop;
+                scope.spawn(move || {
+                    let turns = prompts
+                        .iter()
+                        .cycle()
+                        .skip(thread * prompts.len() / threads);
+                    turns
+                        .take_while(|_| !stop.load(Ordering::Relaxed))
+                        .map(|prompt| {
+                            fill_and_release_singly(pool, prompt);
+                            prompt.len()
+                        })
+                        .sum::<usize>()
+                })
+            })
+            .collect();
+        thread::sleep(TOGETHER);
+        stop.store(true, Ordering::Relaxed);
+        let blocks = workers.into_iter().map(|worker| worker.join());
+        blocks.map(|blocks| blocks.expect("no panic")).sum()
+    });
+    blocks as f64 / start.elapsed().as_secs_f64()
 }
 
 fn parents(prompt: &[TokenBlock]) -> impl Iterator<Item = Option<SequenceHash>> + '_ {

@@ -38,30 +38,41 @@
 #![forbid(unsafe_code)]
 
 pub mod admit;
+#[cfg(not(loom))]
 pub mod arena;
 pub mod block;
 pub mod events;
 pub mod evict;
+#[cfg(not(loom))]
 pub mod fingerprint;
 pub mod pool;
+#[cfg(not(loom))]
 pub mod settings;
+#[cfg(not(loom))]
 pub mod store;
+mod sync;
+#[cfg(not(loom))]
 pub mod tier;
 
 pub use admit::{
     Admission, AdmissionConfig, AdmissionKind, Offer, Offered, UnknownAdmission, Wear, WriteBudget,
     WriteBudgetConfig, WriteBudgetError,
 };
+#[cfg(not(loom))]
 pub use arena::{ArenaError, ArenaPlace, KvArena};
 pub use block::{CompleteBlock, ImmutableBlock, MutableBlock, Quarantine};
 pub use events::{
     Consolidation, EventFeed, EventHub, EventSubscription, JoinError, KvBatch, KvSnapshot,
 };
 pub use evict::{EvictionKind, EvictionPolicy, Lineage, Lru, MultiLru, S3Fifo};
+#[cfg(not(loom))]
 pub use fingerprint::Fingerprint;
 pub use pool::{BlockPool, PoolBuilder, PoolConfig, PoolExhausted, PoolStats};
+#[cfg(not(loom))]
 pub use settings::{KvbmSettings, resolve};
+#[cfg(not(loom))]
 pub use store::{SlotStore, SlotStoreConfig};
+#[cfg(not(loom))]
 pub use tier::{
     DiskConfig, MoveKind, MoveReport, MoveSpec, Mover, PerTier, RemoteIndex, TierConfig, TierMatch,
     TierPools, TierStats, Tiers,

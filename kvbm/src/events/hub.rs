@@ -11,11 +11,13 @@ use std::{
 };
 
 use blockplane_protocol::{DpRank, KvEvent, SequenceHash, StoredBlock, Tier};
-use parking_lot::{Condvar, Mutex, MutexGuard};
 use thiserror::Error;
 
 use super::{EventFeed, KvSnapshot, present::Present, ring::Ring};
-use crate::pool::{Shared, lock_all};
+use crate::{
+    pool::{Shared, lock_all},
+    sync::{Condvar, Mutex, wait_until},
+};
 
 /// Blocks named in one batch, so that a batch stays far below the size limit of a message.
 const BATCH_WEIGHT_MAX: usize = 8_192;
@@ -272,7 +274,7 @@ impl EventHub {
         let mut state = self.state.lock();
         loop {
             let take = self.take(&state, seen);
-            if !matches!(take, Take::Nothing) || self.timed_out(&mut state, deadline) {
+            if !matches!(take, Take::Nothing) || wait_until(&self.arrived, &mut state, deadline) {
                 return take;
             }
         }
@@ -308,17 +310,6 @@ impl EventHub {
         seen.checked_add(1)
             .and_then(|first| state.ring.batch(first, self.rank, BATCH_WEIGHT_MAX))
             .map_or(Take::TooFarBehind, Take::Events)
-    }
-
-    /// Waits for an arrival; a deadline beyond the clock's range never passes.
-    fn timed_out(&self, state: &mut MutexGuard<'_, State>, deadline: Option<Instant>) -> bool {
-        match deadline {
-            Some(deadline) => self.arrived.wait_until(state, deadline).timed_out(),
-            None => {
-                self.arrived.wait(state);
-                false
-            }
-        }
     }
 }
 

@@ -1,6 +1,8 @@
 //! The books of one tier: allocation, sharing, eviction, and the events that tell others.
 
 mod config;
+#[cfg(all(test, loom))]
+mod loom_tests;
 mod shared;
 mod slot;
 mod store;
@@ -10,8 +12,9 @@ use std::{fmt, sync::Arc};
 use blockplane_protocol::{BlockId, SequenceHash, TokenBlock};
 pub use config::{PoolConfig, PoolExhausted, PoolStats};
 
+#[cfg(not(loom))]
+use crate::arena::KvArena;
 use crate::{
-    arena::KvArena,
     block::{CompleteBlock, ImmutableBlock, Lease, MutableBlock, Quarantine},
     events::{EventFeed, EventHub, JoinError},
     evict::{EvictionKind, EvictionPolicy},
@@ -39,6 +42,7 @@ pub struct PoolBuilder {
 
 impl BlockPool {
     /// A pool over all blocks of `arena` that evicts the least recently used first.
+    #[cfg(not(loom))]
     #[must_use]
     pub fn new(arena: Arc<KvArena>, config: PoolConfig) -> Self {
         Self::builder(config).over(arena)
@@ -87,6 +91,7 @@ impl BlockPool {
     }
 
     /// The memory of the blocks; `None` for a pool made by [`BlockPool::accounting`].
+    #[cfg(not(loom))]
     #[must_use]
     pub fn arena(&self) -> Option<&Arc<KvArena>> {
         self.shared.arena()
@@ -262,6 +267,7 @@ impl PoolBuilder {
     }
 
     /// A pool over all blocks of `arena`.
+    #[cfg(not(loom))]
     #[must_use]
     pub fn over(self, arena: Arc<KvArena>) -> BlockPool {
         self.build(arena.blocks(), Some(arena))
@@ -273,11 +279,21 @@ impl PoolBuilder {
     /// When `blocks` is 2^32 - 2 or more.
     #[must_use]
     pub fn accounting(self, blocks: u32) -> BlockPool {
-        self.build(blocks, None)
+        self.build(
+            blocks,
+            #[cfg(not(loom))]
+            None,
+        )
     }
 
-    fn build(self, blocks: u32, arena: Option<Arc<KvArena>>) -> BlockPool {
-        let shared = Shared::new(blocks, arena, self.config, self.policy);
+    fn build(self, blocks: u32, #[cfg(not(loom))] arena: Option<Arc<KvArena>>) -> BlockPool {
+        let shared = Shared::new(
+            blocks,
+            #[cfg(not(loom))]
+            arena,
+            self.config,
+            self.policy,
+        );
         if self.own_hub {
             let PoolConfig {
                 rank, events_max, ..

@@ -9,29 +9,32 @@ use std::{
 };
 
 use blockplane_protocol::{BlockId, DpRank, SequenceHash, Tier, TokenBlock};
-use parking_lot::{Mutex, MutexGuard};
 
 use super::{
     PoolConfig, PoolExhausted,
     store::{Found, Registered, Store, stored_block},
 };
+#[cfg(not(loom))]
+use crate::arena::KvArena;
 use crate::{
-    arena::KvArena,
     block::{CompleteBlock, ImmutableBlock, Lease, MutableBlock},
     events::{Change, EventHub, Membership, Wakeups},
     evict::EvictionPolicy,
+    sync::{BooksGuard, BooksLock},
 };
 
 /// What all handles of a pool share. Lock order: the books of several pools in the order of their
 /// numbers, then one hub's own lock.
 #[derive(Debug)]
 pub(crate) struct Shared {
-    books: Mutex<Books>,
+    books: BooksLock<Books>,
     /// Unlike that of any other pool of the process.
     number: u64,
     rank: DpRank,
     tier: Tier,
     blocks: usize,
+    /// Kept alive by the handles.
+    #[cfg(not(loom))]
     arena: Option<Arc<KvArena>>,
 }
 
@@ -46,13 +49,13 @@ pub(crate) struct Books {
 impl Shared {
     pub(super) fn new(
         blocks: u32,
-        arena: Option<Arc<KvArena>>,
+        #[cfg(not(loom))] arena: Option<Arc<KvArena>>,
         config: PoolConfig,
         policy: Box<dyn EvictionPolicy>,
     ) -> Arc<Self> {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         Arc::new(Self {
-            books: Mutex::new(Books {
+            books: BooksLock::new(Books {
                 store: Store::new(blocks, config.prefix_caching, policy),
                 memberships: Vec::new(),
             }),
@@ -60,10 +63,12 @@ impl Shared {
             rank: config.rank,
             tier: config.tier,
             blocks: blocks as usize,
+            #[cfg(not(loom))]
             arena,
         })
     }
 
+    #[cfg(not(loom))]
     pub(super) fn arena(&self) -> Option<&Arc<KvArena>> {
         self.arena.as_ref()
     }
@@ -72,7 +77,7 @@ impl Shared {
         self.tier
     }
 
-    pub(super) fn books(&self) -> MutexGuard<'_, Books> {
+    pub(super) fn books(&self) -> BooksGuard<'_, Books> {
         self.books.lock()
     }
 
@@ -262,10 +267,10 @@ impl Shared {
 }
 
 /// The books of all `pools`, at one moment and in their order.
-pub(crate) fn lock_all(pools: &[Arc<Shared>]) -> Vec<MutexGuard<'_, Books>> {
+pub(crate) fn lock_all(pools: &[Arc<Shared>]) -> Vec<BooksGuard<'_, Books>> {
     let mut order: Vec<usize> = (0..pools.len()).collect();
     order.sort_by_key(|&index| pools[index].number);
-    let mut locked: Vec<(usize, MutexGuard<'_, Books>)> = order
+    let mut locked: Vec<(usize, BooksGuard<'_, Books>)> = order
         .into_iter()
         .map(|index| (index, pools[index].books()))
         .collect();
