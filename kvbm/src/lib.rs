@@ -74,6 +74,7 @@ pub use settings::{KvbmSettings, resolve};
 pub use store::{SlotStore, SlotStoreConfig};
 #[cfg(not(loom))]
 pub use tier::{
-    DiskConfig, MoveKind, MoveReport, MoveSpec, Mover, PerTier, RemoteIndex, TierConfig, TierMatch,
-    TierPools, TierStats, Tiers,
+    DiskConfig, MoveKind, MoveReport, MoveSpec, Mover, OnboardTicket, PerTier, RankTiers,
+    RemoteIndex, TierConfig, TierManager, TierMatch, TierParts, TierPools, TierStats, Tiers,
+    host_arena,
 };

@@ -14,7 +14,7 @@ use blockplane_kvbm::{
     AdmissionKind, BlockPool, ImmutableBlock, MutableBlock, PoolConfig, WriteBudgetConfig,
     tier::{
         BlockOutcome, DiskConfig, Invalid, MoveKind, MoveSpec, MovedBlock, OnboardId, QueueConfig,
-        RemoteConfig, RemoteIndex, TierConfig, TierMatch, TierPools, Tiers,
+        RemoteConfig, RemoteIndex, TierConfig, TierFault, TierMatch, TierPools, Tiers,
     },
 };
 use blockplane_protocol::{BlockHash, BlockId, DpRank, SaltHash, SequenceHash, Tier, TokenBlock};
@@ -330,7 +330,8 @@ impl World {
             }
             Op::TurnOff(really) => {
                 if *really {
-                    self.tiers.turn_off(self.now, Tier::Disk, "test".to_owned());
+                    let fault = TierFault::Off("test".to_owned());
+                    self.tiers.fault(self.now, Tier::Disk, fault);
                 }
             }
             Op::Pass(millis) => {

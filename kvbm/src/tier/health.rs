@@ -20,7 +20,9 @@ pub enum TierState {
         /// Blocks out of use.
         blocks: u32,
     },
-    /// It is not used any more.
+    /// Blocks are read, none is written any more; why.
+    ReadOnly(String),
+    /// It is not used any more; why.
     Off(String),
 }
 
@@ -38,6 +40,7 @@ pub struct StateChange {
 pub(super) struct Health {
     state: TierState,
     bad_blocks: u32,
+    read_only: Option<String>,
     late: u32,
     failed: u32,
     probe_at: Duration,
@@ -60,6 +63,7 @@ impl Health {
         Self {
             state: TierState::On,
             bad_blocks: 0,
+            read_only: None,
             late: 0,
             failed: 0,
             probe_at: Duration::ZERO,
@@ -74,10 +78,15 @@ impl Health {
     /// Whether a move may start.
     pub(super) fn usable(&self, now: Duration) -> bool {
         match self.state {
-            TierState::On | TierState::Shrunk { .. } => true,
+            TierState::On | TierState::Shrunk { .. } | TierState::ReadOnly(_) => true,
             TierState::Slow => !self.probing && now >= self.probe_at,
             TierState::Off(_) => false,
         }
+    }
+
+    /// Whether blocks may be written to it.
+    pub(super) fn writable(&self, now: Duration) -> bool {
+        self.read_only.is_none() && !self.left_alone(now)
     }
 
     /// Whether nothing should wait for the tier.
@@ -131,10 +140,21 @@ impl Health {
         !matches!(self.state, TierState::Off(_)) && self.become_(TierState::Off(reason))
     }
 
-    const fn working(&self) -> TierState {
-        match self.bad_blocks {
-            0 => TierState::On,
-            blocks => TierState::Shrunk { blocks },
+    /// Nothing is written any more. True when the state changed.
+    pub(super) fn stop_writes(&mut self, reason: String) -> bool {
+        if self.read_only.is_some() || matches!(self.state, TierState::Off(_)) {
+            return false;
+        }
+        self.read_only = Some(reason);
+        let working = self.working();
+        self.become_(working)
+    }
+
+    fn working(&self) -> TierState {
+        match (&self.read_only, self.bad_blocks) {
+            (Some(reason), _) => TierState::ReadOnly(reason.clone()),
+            (None, 0) => TierState::On,
+            (None, blocks) => TierState::Shrunk { blocks },
         }
     }
 
@@ -193,5 +213,15 @@ mod tests {
         assert!(!health.ended(at(0), Ended::Answered, &config));
         assert!(!health.usable(at(1000)));
         assert!(!health.turn_off("again".to_owned()));
+    }
+
+    #[test]
+    fn a_tier_that_cannot_be_written_is_still_read() {
+        let mut health = Health::new();
+        assert!(health.writable(at(0)));
+        assert!(health.stop_writes("full".to_owned()));
+        assert!(!health.stop_writes("full".to_owned()));
+        assert!(health.usable(at(0)) && !health.writable(at(0)));
+        assert_eq!(health.state(), &TierState::ReadOnly("full".to_owned()));
     }
 }

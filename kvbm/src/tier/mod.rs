@@ -33,6 +33,8 @@ mod config;
 mod flight;
 mod found;
 mod health;
+mod local;
+mod manager;
 mod moves;
 mod offload;
 mod onboard;
@@ -47,8 +49,11 @@ pub use config::{
 };
 pub use found::{PerTier, TierMatch};
 pub use health::{StateChange, TierState};
+pub use local::{AttachError, LocalMover};
+pub use manager::{OnboardTicket, RankTiers, TierError, TierManager, TierParts, host_arena};
 pub use moves::{
     BlockOutcome, Invalid, MoveId, MoveKind, MoveReport, MoveSpec, MovedBlock, Mover, Pending,
+    TierFault,
 };
 pub use onboard::{NotLoaded, OnboardId, Onboarded};
 pub use stats::{Dropped, Evicted, Histogram, MoveStats, OnboardStats, TierStats};

@@ -4,6 +4,8 @@ use std::{fmt, time::Duration};
 
 use blockplane_protocol::{DpRank, SequenceHash, Tier, TokenBlock};
 
+pub use crate::store::{BlockOutcome, Invalid, Pending};
+
 /// Names a move while it is under way; not used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MoveId(pub u64);
@@ -53,34 +55,6 @@ pub struct MoveSpec {
     pub time: Duration,
 }
 
-/// What became of one block.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum BlockOutcome {
-    /// Every byte is in place, and is what was stored under the name.
-    Moved,
-    /// What was found under the name is not what was stored: it is forgotten there.
-    Invalid(Invalid),
-    /// Not moved. It may work another time.
-    Failed(String),
-    /// Not moved, and the place in the lower tier will never work again: it is taken out of use.
-    Bad(String),
-}
-
-/// Why stored contents cannot be used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Invalid {
-    /// The bytes differ from those that were stored.
-    Checksum,
-    /// They are of another model, layout or format.
-    Fingerprint,
-    /// They are not there, or are those of another name.
-    Missing,
-}
-
-/// Bytes of a move that may still land, or be read, after its deadline (a device hangs): waits
-/// until that is over.
-pub struct Pending(Box<dyn FnOnce() + Send>);
-
 /// What a mover says of a move.
 #[derive(Debug)]
 pub struct MoveReport {
@@ -90,8 +64,17 @@ pub struct MoveReport {
     pub pending: Option<Pending>,
     /// Bytes that were moved.
     pub bytes: u64,
-    /// Present when the lower tier is of no use any more, with the reason: it is turned off.
-    pub off: Option<String>,
+    /// Present when the lower tier does not work any more as it did.
+    pub fault: Option<TierFault>,
+}
+
+/// What is wrong with a whole tier, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TierFault {
+    /// Blocks are read, none is written any more.
+    ReadOnly(String),
+    /// It is of no use any more.
+    Off(String),
 }
 
 /// Copies blocks. Called on a few threads of the manager, for different moves at once.
@@ -154,16 +137,6 @@ impl fmt::Display for MoveKind {
     }
 }
 
-impl fmt::Display for Invalid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Checksum => "wrong checksum",
-            Self::Fingerprint => "of another model or layout",
-            Self::Missing => "not there",
-        })
-    }
-}
-
 impl MoveReport {
     /// All blocks are in place.
     #[must_use]
@@ -172,7 +145,7 @@ impl MoveReport {
             outcomes: vec![BlockOutcome::Moved; blocks],
             pending: None,
             bytes,
-            off: None,
+            fault: None,
         }
     }
 
@@ -183,26 +156,7 @@ impl MoveReport {
             outcomes: vec![BlockOutcome::Failed(reason.to_owned()); blocks],
             pending: None,
             bytes: 0,
-            off: None,
+            fault: None,
         }
-    }
-}
-
-impl Pending {
-    /// `wait` returns when no byte moves any more.
-    #[must_use]
-    pub fn new(wait: impl FnOnce() + Send + 'static) -> Self {
-        Self(Box::new(wait))
-    }
-
-    /// Blocks until no byte moves any more, however long that takes.
-    pub fn wait(self) {
-        (self.0)();
-    }
-}
-
-impl fmt::Debug for Pending {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pending").finish_non_exhaustive()
     }
 }

@@ -42,7 +42,7 @@ impl Tiers {
 
     /// A batch of blocks from G1 to G2.
     pub(super) fn start_offload(&mut self, now: Duration) -> Option<MoveSpec> {
-        while !self.offloads.is_empty() {
+        while !self.offloads.is_empty() && self.lane_open(now, MoveKind::DeviceToHost) {
             let room = self.offload_room();
             if room == 0 {
                 self.blocked = true;

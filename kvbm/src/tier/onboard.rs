@@ -220,6 +220,9 @@ impl Tiers {
 
     /// A batch of blocks from host memory into G1.
     pub(super) fn start_load(&mut self, now: Duration) -> Option<MoveSpec> {
+        if !self.lane_open(now, MoveKind::HostToDevice) {
+            return None;
+        }
         while let Some(&key) = self.loading.front() {
             let batch_max = self.batch_max();
             let Some(onboard) = self.onboards.get_mut(key) else {

@@ -15,7 +15,7 @@ use super::{
     flight::{Flight, Parked},
     found::{Place, TierMatch},
     health::{Ended, Health, StateChange, TierState},
-    moves::{BlockOutcome, MoveId, MoveKind, MoveSpec},
+    moves::{BlockOutcome, MoveId, MoveKind, MoveSpec, TierFault},
     offload::sequences,
     onboard::{Onboard, OnboardId, Onboarded, Read},
     queue::RunQueue,
@@ -362,12 +362,13 @@ impl Tiers {
         again.into_iter().chain(blocked).min()
     }
 
-    /// Turns G3 or G4 off: it is of no use any more. Other tiers cannot be turned off.
-    pub fn turn_off(&mut self, now: Duration, tier: Tier, reason: String) {
-        if self
-            .health_mut(tier)
-            .is_some_and(|health| health.turn_off(reason))
-        {
+    /// G3 or G4 does not work any more as it did. Other tiers have no faults.
+    pub fn fault(&mut self, now: Duration, tier: Tier, fault: TierFault) {
+        let changed = self.health_mut(tier).is_some_and(|health| match fault {
+            TierFault::ReadOnly(reason) => health.stop_writes(reason),
+            TierFault::Off(reason) => health.turn_off(reason),
+        });
+        if changed {
             self.state_changed(tier);
         }
         self.flush_if_down(now, tier);
@@ -412,6 +413,12 @@ impl Tiers {
         stats
     }
 
+    /// Whether something waits for room in G2 that its holders must make: look again soon.
+    #[must_use]
+    pub const fn blocked(&self) -> bool {
+        self.blocked
+    }
+
     /// The G2 pool, for peers that read from it.
     #[must_use]
     pub const fn host(&self) -> &BlockPool {
@@ -453,17 +460,21 @@ impl Tiers {
             (Some(_), Some(_)) => less_one(all_max),
             _ => all_max,
         };
+        let unquiet = self.parked.values().filter(|p| p.tier == kind.tier());
+        if unquiet.count() >= self.config.queues.concurrent as usize {
+            return false;
+        }
         let (tier, health) = match kind.tier() {
             Tier::Disk => (disk, self.disk.as_ref().map(|disk| &disk.health)),
             Tier::Remote => (remote, self.remote.as_ref().map(|remote| &remote.health)),
             Tier::Device | Tier::Host => return true,
         };
-        let unquiet = self.parked.values().filter(|p| p.tier == kind.tier());
         disk + remote < all_max
             && tier < tier_max
             && (kind.into_host() || self.running[kind.index()] < less_one(tier_max))
-            && health.is_some_and(|health| health.usable(now))
-            && unquiet.count() < self.config.queues.concurrent as usize
+            && health.is_some_and(|health| {
+                health.usable(now) && (kind.into_host() || health.writable(now))
+            })
     }
 
     pub(super) fn start(&mut self, flight: Flight) -> MoveSpec {
@@ -535,22 +546,24 @@ impl Tiers {
         });
     }
 
-    /// Lets go of what waits for a tier that is left alone: it is computed, or not stored.
+    /// Lets go of what waits for a tier that is left alone, or not written any more.
     fn flush_if_down(&mut self, now: Duration, tier: Tier) {
-        let down = self
-            .health_mut(tier)
-            .is_some_and(|health| health.left_alone(now));
-        if !down {
+        let Some(health) = self.health_mut(tier) else {
             return;
-        }
-        let queue = match tier {
-            Tier::Disk => self.disk.as_mut().map(|disk| &mut disk.writes),
-            Tier::Remote => self.remote.as_mut().map(|remote| &mut remote.writes),
-            Tier::Device | Tier::Host => None,
         };
-        let writes = queue.map_or(0, RunQueue::clear);
-        self.dropped(Dropped::TierDown, writes);
-        self.fail_queued_reads(now, tier);
+        let (reads, writes) = (!health.left_alone(now), health.writable(now));
+        if !writes {
+            let queue = match tier {
+                Tier::Disk => self.disk.as_mut().map(|disk| &mut disk.writes),
+                Tier::Remote => self.remote.as_mut().map(|remote| &mut remote.writes),
+                Tier::Device | Tier::Host => None,
+            };
+            let writes = queue.map_or(0, RunQueue::clear);
+            self.dropped(Dropped::TierDown, writes);
+        }
+        if !reads {
+            self.fail_queued_reads(now, tier);
+        }
     }
 }
 

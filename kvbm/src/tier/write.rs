@@ -129,7 +129,7 @@ impl Tiers {
         }
         // What stands in for G2 keeps nothing: whoever writes the block holds it. It was admitted
         // before it was copied.
-        if let Some(disk) = self.disk.as_mut().filter(|d| !d.health.left_alone(now)) {
+        if let Some(disk) = self.disk.as_mut().filter(|d| d.health.writable(now)) {
             let here = disk.pool.contains_each(sequences(&names));
             let held = blocks.iter().zip(here).filter(|(_, here)| !here);
             let held = held.map(|(block, _)| Queued::Held(block.clone())).collect();
@@ -183,7 +183,7 @@ impl Tiers {
         names: &[TokenBlock],
     ) -> Vec<TokenBlock> {
         let mut worth = vec![false; names.len()];
-        if let Some(disk) = self.disk.as_mut().filter(|d| !d.health.left_alone(now)) {
+        if let Some(disk) = self.disk.as_mut().filter(|d| d.health.writable(now)) {
             let here = disk.pool.contains_each(sequences(names));
             for ((worth, name), here) in worth.iter_mut().zip(names).zip(here) {
                 *worth = !here && disk.admits(now, *name, Offer::Stored);
@@ -379,7 +379,7 @@ impl Tiers {
         names: &[TokenBlock],
         offer: Offer,
     ) {
-        let Some(disk) = self.disk.as_mut().filter(|d| !d.health.left_alone(now)) else {
+        let Some(disk) = self.disk.as_mut().filter(|d| d.health.writable(now)) else {
             return;
         };
         let here = disk.pool.contains_each(sequences(names));
@@ -395,7 +395,7 @@ impl Tiers {
 
     fn remote_writes(&mut self, now: Duration) -> Option<&mut Remote> {
         let remote = self.remote.as_mut()?;
-        (remote.write_through && !remote.health.left_alone(now)).then_some(remote)
+        (remote.write_through && remote.health.writable(now)).then_some(remote)
     }
 
     /// Blocks of G2 that are made free before they are needed.
