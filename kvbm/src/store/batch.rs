@@ -32,6 +32,8 @@ pub(super) struct Claim {
 pub(super) struct Batch {
     pub(super) core: Arc<Core>,
     lane: u32,
+    /// Which of the two pages of intents of the lane is written: a torn one leaves the other.
+    turn: u32,
     /// Ascending.
     pages: Vec<u32>,
     pub(super) claims: Vec<Claim>,
@@ -52,17 +54,18 @@ impl Batch {
         pages.sort_unstable();
         pages.dedup();
         debug_assert!(pages.len() <= BATCH, "more slots than scratch memory");
-        let lane = core
+        let (lane, turn) = core
             .lanes
             .take(until)
             .ok_or_else(|| "too many batches are under way".to_owned())?;
         if !core.pages.take(&pages, until) {
-            core.lanes.give(lane);
+            core.lanes.give(lane, turn);
             return Err("headers are in use by batches that do not end".to_owned());
         }
         Ok(Self {
             core: core.clone(),
             lane,
+            turn,
             pages,
             claims: Vec::new(),
             reading: None,
@@ -106,7 +109,7 @@ impl Batch {
         let piece = Piece {
             memory: &core.scratch,
             offset,
-            at: Geometry::intent_page(self.lane),
+            at: Geometry::intent_page(2 * self.lane + self.turn % 2),
             bytes: PAGE_BYTES,
         };
         self.write(&[piece], until)
@@ -283,6 +286,6 @@ impl Drop for Batch {
                 .set(claim.slot, state, Known::at(claim.generation));
         }
         core.pages.give(&self.pages);
-        core.lanes.give(self.lane);
+        core.lanes.give(self.lane, self.turn);
     }
 }

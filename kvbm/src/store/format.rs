@@ -362,3 +362,174 @@ impl Take<'_> {
         u64::from_le_bytes(self.bytes())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn header() -> impl Strategy<Value = Header> {
+        let state = prop_oneof![
+            Just(SlotState::Empty),
+            Just(SlotState::Valid),
+            Just(SlotState::Quarantined)
+        ];
+        let numbers = any::<[u64; 6]>();
+        (state, any::<u32>(), numbers, any::<Option<u64>>()).prop_map(
+            |(
+                state,
+                slot,
+                [block, sequence, fingerprint, generation, length, checksum],
+                parent,
+            )| {
+                Header {
+                    state,
+                    slot,
+                    name: TokenBlock {
+                        block: BlockHash(block),
+                        sequence: SequenceHash(sequence),
+                    },
+                    parent: parent.map(SequenceHash),
+                    fingerprint,
+                    generation,
+                    length,
+                    checksum,
+                }
+            },
+        )
+    }
+
+    fn superblock() -> impl Strategy<Value = Superblock> {
+        let words = any::<[u32; 4]>();
+        (
+            1..1u32 << 24,
+            1..1u64 << 24,
+            any::<[u64; 8]>(),
+            words,
+            any::<bool>(),
+        )
+            .prop_map(
+                |(slots, block_bytes, [a, b, c, d, e, f, g, h], [i, j, k, l], clean)| Superblock {
+                    sequence: a,
+                    id: b,
+                    geometry: Geometry::new(slots, block_bytes).unwrap(),
+                    fingerprint: Fingerprint {
+                        model: c,
+                        layout: d,
+                        block_tokens: i,
+                        tp_rank: j,
+                        tp_size: k,
+                        encoding: l,
+                    },
+                    clean,
+                    generation: e,
+                    bytes_written: f,
+                    opens: g,
+                    since: h,
+                },
+            )
+    }
+
+    proptest! {
+        #[test]
+        fn headers_come_back(header in header(), id: u64) {
+            let bytes = header.encode(id);
+            prop_assert_eq!(Header::decode(&bytes, id, header.slot), Some(header));
+            prop_assert_eq!(Header::decode(&bytes, id, header.slot ^ 1), None);
+            prop_assert_eq!(Header::decode(&bytes, id ^ 1, header.slot), None);
+        }
+
+        #[test]
+        fn spoilt_headers_are_none(header in header(), id: u64, at in 0..HEADER, by in 1..=255u8) {
+            let mut bytes = header.encode(id);
+            bytes[at] ^= by;
+            prop_assert_eq!(Header::decode(&bytes, id, header.slot), None);
+        }
+
+        #[test]
+        fn superblocks_come_back(superblock in superblock()) {
+            prop_assert_eq!(Superblock::decode(&superblock.encode()), Ok(superblock));
+        }
+
+        #[test]
+        fn spoilt_superblocks_are_none(superblock in superblock(), at in 0..PAGE, by in 1..=255u8) {
+            let mut page = superblock.encode();
+            page[at] ^= by;
+            prop_assert!(Superblock::decode(&page).is_err());
+        }
+
+        #[test]
+        fn intents_come_back(
+            id: u64,
+            entries in prop::collection::vec(any::<(u32, u64)>(), 0..=INTENTS_PER_PAGE),
+            at in 0..PAGE,
+            by in 1..=255u8,
+        ) {
+            let mut page = encode_intents(id, &entries);
+            prop_assert_eq!(decode_intents(id, &page), entries);
+            prop_assert!(decode_intents(id ^ 1, &page).is_empty());
+            page[at] ^= by;
+            prop_assert!(decode_intents(id, &page).is_empty());
+        }
+
+        #[test]
+        fn any_bytes_are_looked_at(
+            bytes in prop::collection::vec(any::<u8>(), HEADER),
+            magic in 0..4usize,
+            id: u64,
+            slot: u32,
+        ) {
+            let mut header = [0; HEADER];
+            header.copy_from_slice(&bytes);
+            let mut page = [0; PAGE];
+            page[..HEADER].copy_from_slice(&bytes);
+            match magic {
+                0 => page[..8].copy_from_slice(&MAGIC),
+                1 => page[..4].copy_from_slice(&INTENT_MAGIC),
+                2 => header[..4].copy_from_slice(&HEADER_MAGIC),
+                _ => {}
+            }
+            prop_assert_eq!(Header::decode(&header, id, slot), None);
+            prop_assert!(Superblock::decode(&page).is_err());
+            prop_assert!(decode_intents(id, &page).is_empty());
+        }
+    }
+
+    #[test]
+    fn another_version_is_named() {
+        let geometry = Geometry::new(1, 1).unwrap();
+        let superblock = Superblock {
+            sequence: 1,
+            id: 2,
+            geometry,
+            fingerprint: Fingerprint::decode(&[0; Fingerprint::BYTES]),
+            clean: false,
+            generation: 1,
+            bytes_written: 0,
+            opens: 0,
+            since: 0,
+        };
+        let mut page = superblock.encode();
+        page[8] = 2;
+        seal(&mut page, 0);
+        assert_eq!(Superblock::decode(&page), Err(NoSuperblock::Version(2)));
+        assert_eq!(Superblock::decode(&[0; PAGE]), Err(NoSuperblock::Blank));
+        assert_eq!(Superblock::decode(&[7; PAGE]), Err(NoSuperblock::Other));
+    }
+
+    #[test]
+    fn places_do_not_overlap() {
+        for (slots, bytes) in [(1, 1), (33, 4096), (1_000_000, 65_536), (7, 4097)] {
+            let geometry = Geometry::new(slots, bytes).unwrap();
+            let last = Geometry::header_page((slots - 1) / HEADERS_PER_PAGE);
+            assert!(last + PAGE_BYTES <= geometry.payload);
+            assert!(Geometry::intent_page(INTENT_PAGES - 1) + PAGE_BYTES <= Geometry::HEADERS);
+            assert_eq!(geometry.fits(geometry.length(slots)), slots);
+            assert_eq!(geometry.fits(geometry.length(slots) - 1), slots - 1);
+        }
+        for (slots, bytes) in [(0, 1), (1, 0), (u32::MAX, u64::MAX >> 16), (2, u64::MAX)] {
+            assert_eq!(Geometry::new(slots, bytes), None);
+        }
+    }
+}

@@ -5,23 +5,23 @@ use std::{collections::HashSet, time::Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-/// Numbers that one holder at a time has.
+/// Numbers that one holder at a time has, each with the number of times that it was taken.
 #[derive(Default)]
 pub(super) struct Lanes {
-    free: Mutex<Vec<u32>>,
+    free: Mutex<Vec<(u32, u32)>>,
     changed: Condvar,
 }
 
 impl Lanes {
     pub(super) fn new(count: u32) -> Self {
         Self {
-            free: Mutex::new((0..count).rev().collect()),
+            free: Mutex::new((0..count).rev().map(|lane| (lane, 0)).collect()),
             changed: Condvar::new(),
         }
     }
 
-    /// A free one, or none by then.
-    pub(super) fn take(&self, until: Instant) -> Option<u32> {
+    /// A free one and how often it was taken, or none by then.
+    pub(super) fn take(&self, until: Instant) -> Option<(u32, u32)> {
         let mut free = self.free.lock();
         loop {
             if let Some(lane) = free.pop() {
@@ -33,8 +33,8 @@ impl Lanes {
         }
     }
 
-    pub(super) fn give(&self, lane: u32) {
-        self.free.lock().push(lane);
+    pub(super) fn give(&self, lane: u32, taken: u32) {
+        self.free.lock().push((lane, taken.wrapping_add(1)));
         self.changed.notify_one();
     }
 }

@@ -15,6 +15,8 @@
 
 mod batch;
 mod config;
+#[cfg(test)]
+mod crash;
 mod disk;
 mod format;
 mod health;
@@ -23,6 +25,8 @@ mod locate;
 mod read;
 mod recover;
 mod report;
+#[cfg(test)]
+mod sim;
 mod slots;
 mod write;
 
