@@ -21,7 +21,7 @@ const BLOCK: u64 = 3 * 4096;
 const MOVED: BlockOutcome = BlockOutcome::Moved;
 
 fn agent() -> Agent {
-    Agent::new(AgentConfig::new("store-test")).unwrap()
+    Agent::new(AgentConfig::new("store-test")).expect("an agent")
 }
 
 fn fingerprint() -> Fingerprint {
@@ -56,9 +56,11 @@ impl Memory {
     /// Layer by layer when `layers` is more than one: blocks are not contiguous then.
     fn new(agent: &Agent, blocks: u32, layers: u32) -> Self {
         let run_bytes = BLOCK / u64::from(layers);
-        let bytes = usize::try_from(BLOCK * u64::from(blocks)).unwrap();
+        let bytes = usize::try_from(BLOCK * u64::from(blocks)).expect("in range");
         Self {
-            registration: agent.allocate(ArenaConfig::new(bytes, "memory")).unwrap(),
+            registration: agent
+                .allocate(ArenaConfig::new(bytes, "memory"))
+                .expect("memory"),
             layout: BlockLayout {
                 offset: 0,
                 blocks,
@@ -79,25 +81,25 @@ impl Memory {
 
     fn fill(&self, block: u32, seed: u32) {
         for layer in 0..self.layout.layers {
-            let at = self.layout.run_offset(block, layer).unwrap();
+            let at = self.layout.run_offset(block, layer).expect("in range");
             self.registration
                 .write_at(at, &contents(seed, layer, self.layout.run_bytes))
-                .unwrap();
+                .expect("in range");
         }
     }
 
     fn holds(&self, block: u32, seed: u32) -> bool {
         (0..self.layout.layers).all(|layer| {
-            let at = self.layout.run_offset(block, layer).unwrap();
-            let mut bytes = vec![0; usize::try_from(self.layout.run_bytes).unwrap()];
-            self.registration.read_at(at, &mut bytes).unwrap();
+            let at = self.layout.run_offset(block, layer).expect("in range");
+            let mut bytes = vec![0; usize::try_from(self.layout.run_bytes).expect("in range")];
+            self.registration.read_at(at, &mut bytes).expect("in range");
             bytes == contents(seed, layer, self.layout.run_bytes)
         })
     }
 }
 
 fn contents(seed: u32, layer: u32, bytes: u64) -> Vec<u8> {
-    let bytes = usize::try_from(bytes).unwrap();
+    let bytes = usize::try_from(bytes).expect("in range");
     let words = (0u32..).flat_map(|i| (i ^ seed.wrapping_mul(0x9e37_79b9) ^ layer).to_le_bytes());
     words.take(bytes).collect()
 }

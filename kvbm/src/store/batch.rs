@@ -32,7 +32,8 @@ pub(super) struct Claim {
 pub(super) struct Batch {
     pub(super) core: Arc<Core>,
     lane: u32,
-    /// Which of the two pages of intents of the lane is written: a torn one leaves the other.
+    /// Which of the two pages of intents of the lane is written next. The other one
+    /// is whole, should this one be torn.
     turn: u32,
     /// Ascending.
     pages: Vec<u32>,
@@ -109,10 +110,15 @@ impl Batch {
         let piece = Piece {
             memory: &core.scratch,
             offset,
-            at: Geometry::intent_page(2 * self.lane + self.turn % 2),
+            at: Geometry::intent_page(2 * self.lane + self.turn),
             bytes: PAGE_BYTES,
         };
         self.write(&[piece], until)
+    }
+
+    /// The page of intents is whole: the next batch writes the other one.
+    pub(super) const fn intents_written(&mut self) {
+        self.turn ^= 1;
     }
 
     /// Starts to read the pages of headers.

@@ -99,6 +99,10 @@ impl DiskError {
         }
     }
 
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "given to `map_err`, which passes values"
+    )]
     pub(super) fn other(error: impl ToString) -> Self {
         Self {
             kind: DiskErrorKind::Other,

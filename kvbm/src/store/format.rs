@@ -12,12 +12,15 @@ use crate::fingerprint::Fingerprint;
 pub(super) const PAGE: usize = 4096;
 /// [`PAGE`] as an offset.
 pub(super) const PAGE_BYTES: u64 = PAGE as u64;
+/// [`PAGE`] as it is written down.
+const PAGE_WORD: u32 = 4096;
 /// Version of this format.
 pub(super) const VERSION: u32 = 1;
 /// Bytes of a header.
 pub(super) const HEADER: usize = 128;
 /// Headers in a page.
-pub(super) const HEADERS_PER_PAGE: u32 = (PAGE / HEADER) as u32;
+pub(super) const HEADERS_PER_PAGE: u32 = 32;
+const _: () = assert!(HEADERS_PER_PAGE as usize * HEADER == PAGE);
 /// Pages for intents: batches of writes under way, at most.
 pub(super) const INTENT_PAGES: u32 = 64;
 /// Entries of an intent page.
@@ -133,7 +136,7 @@ impl Superblock {
         let mut put = Put(&mut page, 0);
         put.bytes(&MAGIC);
         put.u32(VERSION);
-        put.u32(PAGE as u32);
+        put.u32(PAGE_WORD);
         put.u64(self.sequence);
         put.u64(self.id);
         put.u32(self.geometry.slots);
@@ -162,7 +165,7 @@ impl Superblock {
             return Err(NoSuperblock::Damaged);
         }
         let version = take.u32();
-        if version != VERSION || take.u32() != PAGE as u32 {
+        if version != VERSION || take.u32() != PAGE_WORD {
             return Err(NoSuperblock::Version(version));
         }
         let (sequence, id) = (take.u64(), take.u64());
@@ -290,9 +293,11 @@ pub(super) fn encode_intents(id: u64, entries: &[(u32, u64)]) -> Page {
     let mut page = [0; PAGE];
     let mut put = Put(&mut page, 0);
     let entries = &entries[..entries.len().min(INTENTS_PER_PAGE)];
+    // At most [`INTENTS_PER_PAGE`].
+    let count = u32::try_from(entries.len()).unwrap_or(u32::MAX);
     put.bytes(&INTENT_MAGIC);
     put.u32(VERSION);
-    put.u32(entries.len() as u32);
+    put.u32(count);
     put.u32(0);
     for &(slot, generation) in entries {
         put.u32(slot);

@@ -5,7 +5,7 @@ use std::{collections::HashSet, time::Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-/// Numbers that one holder at a time has, each with the number of times that it was taken.
+/// Numbers that one holder at a time has, each with a number that the holder may change.
 #[derive(Default)]
 pub(super) struct Lanes {
     free: Mutex<Vec<(u32, u32)>>,
@@ -20,7 +20,7 @@ impl Lanes {
         }
     }
 
-    /// A free one and how often it was taken, or none by then.
+    /// A free one with its number, or none by then.
     pub(super) fn take(&self, until: Instant) -> Option<(u32, u32)> {
         let mut free = self.free.lock();
         loop {
@@ -33,8 +33,8 @@ impl Lanes {
         }
     }
 
-    pub(super) fn give(&self, lane: u32, taken: u32) {
-        self.free.lock().push((lane, taken.wrapping_add(1)));
+    pub(super) fn give(&self, lane: u32, turn: u32) {
+        self.free.lock().push((lane, turn));
         self.changed.notify_one();
     }
 }

@@ -120,7 +120,10 @@ impl Job<'_> {
         let intents = self.batch.write_intents(&self.intents(), until);
         self.batch.read_headers(until);
         let fates = match self.batch.wait(intents, until)? {
-            Ok(()) => self.payloads()?,
+            Ok(()) => {
+                self.batch.intents_written();
+                self.payloads()?
+            }
             Err(error) => {
                 self.core.health.write_failed(&error);
                 let failed = |_: &SlotWrite| Fate::Failed(error.clone());
