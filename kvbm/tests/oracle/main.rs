@@ -1,16 +1,20 @@
 //! Random operations on a pool, checked after each one against a naive model that keeps plain lists
-//! and knows nothing of slots, links or locks.
+//! and knows nothing of slots, links or locks. Proptest prints what fails, made small, and the seed.
+
+mod naive;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use blockplane_kvbm::{
-    BlockPool, CompleteBlock, EventSubscription, ImmutableBlock, KvBatch, MutableBlock, PoolConfig,
-    PoolStats, Quarantine,
+    BlockPool, CompleteBlock, EventSubscription, EvictionKind, ImmutableBlock, KvBatch,
+    MutableBlock, PoolConfig, PoolStats, Quarantine,
 };
 use blockplane_protocol::{
-    BlockHash, BlockId, KvEventData, SaltHash, SequenceHash, SnapshotBlock, StoredBlock, TokenBlock,
+    BlockHash, BlockId, KvEventData, SaltHash, SequenceHash, SnapshotBlock, StoredBlock, Tier,
+    TokenBlock,
 };
-use proptest::{collection::vec, prelude::*};
+use naive::{Naive, naive};
+use proptest::{collection::vec, prelude::*, sample::select};
 
 const BLOCKS: u8 = 9;
 
@@ -33,6 +37,14 @@ enum Op {
     Quarantine(usize),
     Release(usize),
     TakeBack(usize),
+    Scan(Vec<u32>),
+    Victims(usize),
+    Touch(Vec<u32>),
+    Forget(Vec<u32>),
+    ForgetUnshared(usize),
+    RetireMutable(usize),
+    RetireImmutable(usize),
+    Restore(Vec<u32>),
     Clear,
 }
 
@@ -53,6 +65,14 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (1..3usize).prop_map(Op::Quarantine),
         1 => pick().prop_map(Op::Release),
         1 => pick().prop_map(Op::TakeBack),
+        2 => vec(0..2u32, 1..5).prop_map(Op::Scan),
+        2 => (1..4usize).prop_map(Op::Victims),
+        2 => vec(0..2u32, 1..5).prop_map(Op::Touch),
+        2 => vec(0..2u32, 1..5).prop_map(Op::Forget),
+        2 => pick().prop_map(Op::ForgetUnshared),
+        1 => (0..400usize).prop_map(Op::RetireMutable),
+        1 => (0..400usize).prop_map(Op::RetireImmutable),
+        1 => vec(0..2u32, 1..5).prop_map(Op::Restore),
         1 => Just(Op::Clear),
     ]
 }
@@ -83,19 +103,21 @@ struct Entry {
     parent: Option<SequenceHash>,
     holders: usize,
     published: bool,
+    condemned: bool,
 }
 
-#[derive(Default)]
 struct Model {
     caching: bool,
     leased: usize,
     quarantined: usize,
+    retired: usize,
     /// Registered blocks by a key that is never used again.
     entries: BTreeMap<usize, Entry>,
     next_key: usize,
-    /// Keys of inactive blocks, the next to evict first.
-    order: Vec<usize>,
+    policy: Box<dyn Naive>,
     events: Vec<KvEventData>,
+    /// More changed than events tell.
+    snapshot_due: bool,
 }
 
 impl Model {
@@ -107,34 +129,49 @@ impl Model {
         named.next().map(|(&key, _)| key)
     }
 
+    fn inactive(&self) -> usize {
+        self.entries.values().filter(|e| e.holders == 0).count()
+    }
+
     fn free(&self) -> usize {
-        usize::from(BLOCKS) - self.leased - self.quarantined - self.entries.len()
+        let used = self.leased + self.quarantined + self.retired + self.entries.len();
+        usize::from(BLOCKS) - used
     }
 
     fn stats(&self) -> PoolStats {
         PoolStats {
             total: usize::from(BLOCKS),
             free: self.free(),
-            cached: self.order.len(),
-            active: self.leased + self.entries.len() - self.order.len(),
+            cached: self.inactive(),
+            active: self.leased + self.entries.len() - self.inactive(),
             quarantined: self.quarantined,
-            retired: 0,
+            retired: self.retired,
         }
     }
 
     fn allocate(&mut self, n: usize) -> bool {
-        if n > self.free() + self.order.len() {
+        if n > self.free() + self.inactive() {
             return false;
         }
-        let evicted: Vec<usize> = self.order.drain(..n.saturating_sub(self.free())).collect();
-        if !evicted.is_empty() {
-            let hashes = evicted.iter().map(|key| self.entries[key].hash).collect();
-            let tier = Default::default();
-            self.events.push(KvEventData::Removed { hashes, tier });
-        }
-        self.entries.retain(|key, _| !evicted.contains(key));
+        let evicted: Vec<SequenceHash> = (self.free()..n)
+            .map(|_| {
+                let name = self.policy.evict().expect("one is inactive");
+                self.policy.forget(name);
+                name
+            })
+            .collect();
+        self.entries
+            .retain(|_, e| e.holders > 0 || !evicted.contains(&e.hash));
+        self.removed(evicted);
         self.leased += n;
         true
+    }
+
+    fn removed(&mut self, hashes: Vec<SequenceHash>) {
+        if !hashes.is_empty() {
+            let tier = Tier::Device;
+            self.events.push(KvEventData::Removed { hashes, tier });
+        }
     }
 
     /// Key of the entry the block ends up as, and whether it is new.
@@ -156,8 +193,12 @@ impl Model {
             parent,
             holders: 1,
             published: self.caching,
+            condemned: false,
         };
         self.entries.insert(key, entry);
+        if self.caching {
+            self.policy.used(block.sequence);
+        }
         (key, self.caching)
     }
 
@@ -166,8 +207,13 @@ impl Model {
     }
 
     fn hold(&mut self, key: usize) {
-        self.order.retain(|&other| other != key);
-        self.entry(key).holders += 1;
+        let entry = self.entry(key);
+        entry.holders += 1;
+        let (hash, first) = (entry.hash, entry.holders == 1);
+        if first {
+            self.policy.remove(hash);
+        }
+        self.policy.used(hash);
     }
 
     fn release(&mut self, key: usize) {
@@ -176,18 +222,74 @@ impl Model {
         if entry.holders > 0 {
             return;
         }
-        if !entry.published {
+        if entry.published {
+            self.make_inactive(key);
+        } else {
+            self.retired += usize::from(entry.condemned);
             self.entries.remove(&key);
-            return;
         }
-        let parent = entry.parent;
-        let is_parent = |&other: &usize| Some(self.entries[&other].hash) == parent;
-        let place = self.order.iter().position(is_parent);
-        self.order.insert(place.unwrap_or(self.order.len()), key);
+    }
+
+    fn make_inactive(&mut self, key: usize) {
+        let Entry { hash, parent, .. } = self.entries[&key];
+        let parent = parent.filter(|parent| self.key_of(*parent).is_some());
+        self.policy.insert(hash, parent);
+    }
+
+    fn touch(&mut self, name: SequenceHash) {
+        let Some(key) = self.key_of(name) else {
+            return;
+        };
+        self.policy.used(name);
+        if self.entries[&key].holders == 0 {
+            self.policy.remove(name);
+            self.make_inactive(key);
+        }
+    }
+
+    fn victims(&mut self, n: usize) -> Vec<usize> {
+        let evicted = (0..n).map_while(|_| {
+            let name = self.policy.evict()?;
+            let key = self.key_of(name).expect("it has a name");
+            self.entry(key).holders = 1;
+            Some(key)
+        });
+        evicted.collect()
+    }
+
+    fn forget(&mut self, name: SequenceHash) -> bool {
+        let Some(key) = self.key_of(name) else {
+            return false;
+        };
+        self.policy.forget(name);
+        self.entry(key).published = false;
+        if self.entries[&key].holders == 0 {
+            self.policy.remove(name);
+            self.entries.remove(&key);
+        }
+        self.removed(vec![name]);
+        true
+    }
+
+    /// Into as many places as there are free ones.
+    fn restore(&mut self, blocks: &[TokenBlock]) -> usize {
+        let parents = std::iter::once(None).chain(blocks.iter().map(|b| Some(b.sequence)));
+        let places = self.free();
+        let mut new = 0;
+        for (block, parent) in blocks.iter().zip(parents).take(places) {
+            if self.caching && self.key_of(block.sequence).is_none() {
+                self.leased += 1;
+                let (key, _) = self.register(*block, parent);
+                self.release(key);
+                new += 1;
+            }
+        }
+        self.snapshot_due = new > 0;
+        new
     }
 
     fn clear(&mut self) {
-        self.order.clear();
+        self.policy.clear();
         self.entries.retain(|_, entry| {
             entry.published = false;
             entry.holders > 0
@@ -215,18 +317,27 @@ fn nth<T>(items: &mut Vec<T>, pick: usize) -> Option<T> {
 }
 
 impl Bench {
-    fn new(prefix_caching: bool) -> Self {
+    fn new(prefix_caching: bool, eviction: EvictionKind) -> Self {
         let config = PoolConfig {
             prefix_caching,
             ..PoolConfig::default()
         };
-        let pool = BlockPool::accounting(u32::from(BLOCKS), config);
+        let pool = BlockPool::builder(config)
+            .eviction(eviction)
+            .accounting(u32::from(BLOCKS));
         Self {
             events: pool.events().subscribe(Some(0)),
             last_event_id: 0,
             model: Model {
                 caching: prefix_caching,
-                ..Model::default()
+                leased: 0,
+                quarantined: 0,
+                retired: 0,
+                entries: BTreeMap::new(),
+                next_key: 0,
+                policy: naive(eviction, usize::from(BLOCKS)),
+                events: Vec::new(),
+                snapshot_due: false,
             },
             pool,
             mutable: Vec::new(),
@@ -296,7 +407,7 @@ impl Bench {
             }
             Op::Clone(pick) => {
                 if let Some((block, key)) = nth(&mut self.immutable, pick) {
-                    self.model.hold(key);
+                    self.model.entry(key).holders += 1;
                     self.immutable.push((block.clone(), key));
                     self.immutable.push((block, key));
                 }
@@ -333,6 +444,96 @@ impl Bench {
                     self.model.quarantined -= quarantine.len();
                     self.model.leased += quarantine.len();
                     self.mutable.extend(quarantine.take_back());
+                }
+            }
+            Op::Scan(tokens) => {
+                let wanted = path(&tokens);
+                let found = self.pool.scan(&wanted);
+                assert_eq!(found.len(), wanted.len());
+                for (block, wanted) in found.into_iter().zip(wanted) {
+                    let key = self.model.key_of(wanted.sequence);
+                    assert_eq!(block.is_some(), key.is_some());
+                    for (block, key) in block.into_iter().zip(key) {
+                        assert_eq!(block.name(), wanted);
+                        assert_eq!(block.parent(), self.model.entries[&key].parent);
+                        self.model.hold(key);
+                        self.immutable.push((block, key));
+                    }
+                }
+            }
+            Op::Victims(n) => {
+                let victims = self.pool.victims(n);
+                let keys = self.model.victims(n);
+                let names = keys.iter().map(|key| self.model.entries[key].hash);
+                assert!(victims.iter().map(ImmutableBlock::hash).eq(names));
+                self.immutable.extend(victims.into_iter().zip(keys));
+            }
+            Op::Touch(tokens) => {
+                let names = path(&tokens);
+                self.pool.touch(names.iter().map(|name| name.sequence));
+                names
+                    .iter()
+                    .for_each(|name| self.model.touch(name.sequence));
+            }
+            Op::Forget(tokens) => {
+                let name = path(&tokens).last().expect("it has a block").sequence;
+                assert_eq!(self.pool.forget(name), self.model.forget(name));
+            }
+            Op::ForgetUnshared(pick) => {
+                if let Some((block, key)) = nth(&mut self.immutable, pick) {
+                    let Entry {
+                        hash,
+                        holders,
+                        published,
+                        ..
+                    } = self.model.entries[&key];
+                    let alone = published && holders == 1;
+                    assert_eq!(block.forget_unshared(), alone);
+                    if alone {
+                        self.model.forget(hash);
+                    }
+                    self.model.release(key);
+                }
+            }
+            Op::RetireMutable(pick) => {
+                if pick < 40
+                    && let Some(block) = nth(&mut self.mutable, pick)
+                {
+                    block.retire();
+                    self.model.leased -= 1;
+                    self.model.retired += 1;
+                }
+            }
+            Op::RetireImmutable(pick) => {
+                if pick < 40
+                    && let Some((block, key)) = nth(&mut self.immutable, pick)
+                {
+                    block.retire();
+                    let Entry {
+                        hash, published, ..
+                    } = self.model.entries[&key];
+                    if published {
+                        self.model.forget(hash);
+                    }
+                    self.model.entry(key).condemned = true;
+                    self.model.release(key);
+                }
+            }
+            Op::Restore(tokens) => {
+                let names = path(&tokens);
+                let free = self
+                    .pool
+                    .allocate(self.model.free())
+                    .expect("they are free");
+                let ids: Vec<BlockId> = free.iter().map(MutableBlock::id).collect();
+                drop(free);
+                let parents = std::iter::once(None).chain(names.iter().map(|n| Some(n.sequence)));
+                let blocks = ids.iter().zip(names.iter().zip(parents));
+                let blocks = blocks.map(|(id, (name, parent))| (*id, *name, parent));
+                let new = self.pool.restore(blocks);
+                assert_eq!(new, self.model.restore(&names));
+                for (id, name) in ids.into_iter().zip(names) {
+                    self.memory.insert(id, Some(name.sequence));
                 }
             }
             Op::Clear => {
@@ -407,6 +608,14 @@ impl Bench {
             );
         }
 
+        if std::mem::take(&mut self.model.snapshot_due) {
+            let batch = self.events.try_recv();
+            let Ok(Some(KvBatch::Snapshot(snapshot))) = batch else {
+                panic!("a snapshot is due: {batch:?}");
+            };
+            self.last_event_id += 1;
+            assert_eq!(snapshot.last_event_id, self.last_event_id);
+        }
         let mut got = Vec::new();
         while let Ok(Some(KvBatch::Events(events))) = self.events.try_recv() {
             for event in events {
@@ -429,6 +638,8 @@ impl Bench {
             assert!(early, "a parent that is here comes first");
             before.insert(block.sequence);
         }
+        let here = self.pool.contains_each(names.iter().copied());
+        assert!(here.into_iter().all(|here| here));
         let published = self.model.entries.values().filter(|entry| entry.published);
         let expected: BTreeSet<_> = published.map(|entry| entry.hash).collect();
         assert_eq!((snapshot.blocks.len(), &names), (expected.len(), &expected));
@@ -436,12 +647,15 @@ impl Bench {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1_024))]
+
     #[test]
     fn the_pool_does_what_the_model_does(
-        prefix_caching in proptest::bool::weighted(0.9),
+        prefix_caching in proptest::bool::weighted(0.95),
+        eviction in select(EvictionKind::ALL.to_vec()),
         ops in vec(op(), 1..120),
     ) {
-        let mut bench = Bench::new(prefix_caching);
+        let mut bench = Bench::new(prefix_caching, eviction);
         for op in ops {
             bench.run(op);
             bench.check();
