@@ -300,6 +300,14 @@ pub enum StartError {
         /// Why.
         reason: String,
     },
+    /// A rank was not put above the lower tiers.
+    #[error("rank {rank} does not get the tiers below its pool: {reason}")]
+    Tiers {
+        /// The rank.
+        rank: u32,
+        /// Why.
+        reason: String,
+    },
     /// The model's working memory was not allocated.
     #[error(transparent)]
     Model(#[from] LoadError),

@@ -28,7 +28,7 @@ pub use disagg::HandoffConfig;
 pub use engine::{Engine, EngineInfo, Health, RemotePrefill};
 pub use error::{RequestError, StartError, validate};
 pub use mock::{MockConfig, MockEngine, MockModel, MockTiming};
-pub use native::{NativeConfig, NativeEngine, PoolSize};
+pub use native::{NativeConfig, NativeEngine, PoolSize, TierHandle};
 pub use scheduler::SchedulerConfig;
 pub use stream::{
     PrefillSender, PrefillTicket, TokenSender, TokenStream, prefill_channel, token_channel,

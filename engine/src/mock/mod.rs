@@ -25,7 +25,7 @@ use futures::future::BoxFuture;
 use crate::{
     engine::{Engine, EngineInfo, Health},
     error::StartError,
-    native::{Forward, ModelFacts, NativeConfig, NativeEngine, PoolSize},
+    native::{Forward, ModelFacts, NativeConfig, NativeEngine, PoolSize, RankShared, attach},
     stream::{PrefillTicket, TokenStream},
 };
 use forward::MockForward;
@@ -101,7 +101,8 @@ impl MockEngine {
         let mut make_forward = || -> Result<Box<dyn Forward>, StartError> {
             Ok(Box::new(MockForward::new(model.clone(), timing)))
         };
-        let engine = NativeEngine::start_with(&engine, facts, &mut make_forward, &|_| Ok(None))?;
+        let below = |rank: &RankShared| attach(&engine, rank);
+        let engine = NativeEngine::start_with(&engine, facts, &mut make_forward, &below)?;
         Ok(Self { engine })
     }
 }

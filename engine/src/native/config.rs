@@ -1,8 +1,8 @@
 //! Configuration of a native engine.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use blockplane_kvbm::Consolidation;
+use blockplane_kvbm::{EventHub, tier::TierManager};
 use blockplane_protocol::{KvLayout, WorkerRole};
 use blockplane_transfer::Agent;
 
@@ -31,12 +31,23 @@ pub struct NativeConfig {
     /// KV events kept per rank for subscribers that are behind. Default 65,536, about 150 bytes
     /// each at worst.
     pub kv_events_max: usize,
-    /// What the KV events say of a block that several tiers hold. Default [`Consolidation::Dedup`].
-    pub kv_events: Consolidation,
     /// A step that takes longer than this makes the engine unhealthy. Default 60 s.
     pub step_timeout: Duration,
     /// How KV is handed from prefill to decode workers; needed by these two roles. Default none.
     pub handoff: Option<HandoffConfig>,
+    /// The tiers below the pools, which all ranks share. Used if `prefix_caching` is on. Default
+    /// none.
+    pub tiers: Option<TierHandle>,
+}
+
+/// The tiers below the pools of an engine.
+#[derive(Clone, Debug)]
+pub struct TierHandle {
+    /// Their manager. Whoever started it stops it, after the engine.
+    pub manager: Arc<TierManager>,
+    /// Event hubs of the ranks, in their order: the engine's pools join them, and the manager's may
+    /// have. A rank without one gets its own, with the events of its pool only.
+    pub hubs: Vec<Arc<EventHub>>,
 }
 
 /// Size of the KV pool of one rank.
@@ -62,7 +73,7 @@ impl NativeConfig {
             scheduler: SchedulerConfig::default(),
             prefix_caching: true,
             kv_events_max: 65_536,
-            kv_events: Consolidation::default(),
+            tiers: None,
             step_timeout: Duration::from_secs(60),
             handoff: None,
         }

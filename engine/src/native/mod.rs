@@ -14,6 +14,7 @@ mod rank;
 mod shared;
 #[cfg(test)]
 mod tests;
+mod tiers;
 
 use std::{
     fmt,
@@ -25,21 +26,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blockplane_kvbm::{BlockPool, EventFeed, EventHub, KvArena, PoolConfig};
+use blockplane_kvbm::{BlockPool, Consolidation, EventFeed, EventHub, KvArena, PoolConfig};
 use blockplane_protocol::{
     DpRank, GenerateError, GenerateRequest, KvLayout, LoadReport, PrefillJob, WorkerRole,
 };
 use futures::future::{BoxFuture, FutureExt, join_all};
 use tokio::sync::oneshot;
 
-pub use config::{NativeConfig, PoolSize};
+pub use config::{NativeConfig, PoolSize, TierHandle};
 pub(crate) use forward::Forward;
 pub(crate) use pool::KvPool;
 pub(crate) use rank::Command;
 use rank::{GenerateTask, PrefillTask, Rank};
 pub(crate) use shared::{HeldBlocks, Live, RankShared};
 
-use self::{below::Below, forward::executor};
+use self::{below::Below, forward::executor, tiers::ManagedTiers};
 use crate::{
     disagg::{Handoff, PrefillRun, validate_target},
     engine::{Engine, EngineInfo, Health},
@@ -76,7 +77,9 @@ impl NativeEngine {
             eos_token_ids: parameters.eos_token_ids.clone(),
         };
         let mut make_forward = || executor(model, &config.scheduler);
-        Self::start_with(config, facts, &mut make_forward, &|_| Ok(None))
+        Self::start_with(config, facts, &mut make_forward, &|rank| {
+            attach(config, rank)
+        })
     }
 
     /// The same with a stand-in for the model, and for the tiers below each rank's pool.
@@ -324,11 +327,33 @@ fn rank_memory(
     })
     .without_own_events()
     .over(Arc::clone(&arena));
-    // The tiers below tell their changes here too.
-    let hub = EventHub::new(rank, config.kv_events_max, config.kv_events);
-    pool.join(&hub).expect("a new hub has room");
+    let given = config.tiers.iter().flat_map(|tiers| &tiers.hubs);
+    let hub = given
+        .cloned()
+        .nth(rank.0 as usize)
+        .unwrap_or_else(|| EventHub::new(rank, config.kv_events_max, Consolidation::Passthrough));
+    pool.join(&hub).map_err(|error| StartError::Tiers {
+        rank: rank.0,
+        reason: error.to_string(),
+    })?;
     let live_max = live_max(&config.scheduler);
     Ok(Arc::new(RankShared::new(rank, pool, hub, arena, live_max)))
+}
+
+/// Puts a rank above the tiers of the configuration.
+pub(crate) fn attach(
+    config: &NativeConfig,
+    rank: &RankShared,
+) -> Result<Option<Arc<dyn Below>>, StartError> {
+    let Some(tiers) = config.tiers.as_ref().filter(|_| config.prefix_caching) else {
+        return Ok(None);
+    };
+    let attached = tiers.manager.attach(rank.rank, &config.agent, &rank.pool);
+    let tiers = attached.map_err(|error| StartError::Tiers {
+        rank: rank.rank.0,
+        reason: error.to_string(),
+    })?;
+    Ok(Some(Arc::new(ManagedTiers::new(tiers))))
 }
 
 /// Most requests inside one rank.
