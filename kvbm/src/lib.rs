@@ -45,6 +45,8 @@ pub mod events;
 pub mod evict;
 #[cfg(not(loom))]
 pub mod fingerprint;
+#[cfg(not(loom))]
+pub mod groups;
 pub mod pool;
 #[cfg(not(loom))]
 pub mod settings;
