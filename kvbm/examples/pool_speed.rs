@@ -1,22 +1,36 @@
-//! Time of the pool's operations on one thread: `cargo run --release --example pool_speed -p
-//! blockplane-kvbm`. Each figure is the best of several rounds; aims are in brackets.
+//! Time of the pool's operations, and its memory: `cargo run --release --example pool_speed -p
+//! blockplane-kvbm`. Each time is the best of several rounds, those of several threads
+//! the median; aims are in brackets.
 #![expect(clippy::print_stdout, reason = "its output is its purpose")]
 
 use std::{
+    fs,
     hint::black_box,
-    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
-use blockplane_kvbm::{BlockPool, CompleteBlock, ImmutableBlock, PoolConfig};
-use blockplane_protocol::{SaltHash, SequenceHash, TokenBlock, TokenSequence};
+use blockplane_kvbm::{
+    BlockPool, CompleteBlock, Consolidation, EventHub, EvictionKind, ImmutableBlock, PoolConfig,
+};
+use blockplane_protocol::{
+    BlockHash, BlockId, DpRank, SaltHash, SequenceHash, TokenBlock, TokenSequence,
+};
 
 const ROUNDS: usize = 50;
+/// Blocks of the pool whose memory is measured.
+const MANY: u32 = 1 << 20;
 /// How long threads work together for one figure.
 const TOGETHER: Duration = Duration::from_millis(100);
 
 fn main() {
+    for eviction in EvictionKind::ALL {
+        let bytes = bytes_per_block(eviction, false);
+        println!("memory, {eviction:<9}                         {bytes:7.1} bytes a block [100]");
+    }
+    let bytes = bytes_per_block(EvictionKind::Lru, true);
+    println!("memory, lru, with a hub of several tiers   {bytes:7.1} bytes a block [100]");
+
     let pool = BlockPool::accounting(100_000, PoolConfig::default());
     let prompts: Vec<Vec<TokenBlock>> = (0..150).map(|seed| prompt(seed, 1_000)).collect();
 
@@ -91,33 +105,65 @@ fn fill_and_release_singly(pool: &BlockPool, prompt: &[TokenBlock]) {
 
 /// Blocks that all `threads` together fill and release singly in a second.
 fn blocks_per_s(pool: &BlockPool, prompts: &[Vec<TokenBlock>], threads: usize) -> f64 {
-    let stop = AtomicBool::new(false);
     let start = Instant::now();
-    let blocks: usize = thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads)
-            .map(|thread| {
-                let stop = &stop;
-                scope.spawn(move || {
-                    let turns = prompts
-                        .iter()
-                        .cycle()
-                        .skip(thread * prompts.len() / threads);
-                    turns
-                        .take_while(|_| !stop.load(Ordering::Relaxed))
-                        .map(|prompt| {
-                            fill_and_release_singly(pool, prompt);
-                            prompt.len()
-                        })
-                        .sum::<usize>()
-                })
+    let fill = |thread| {
+        let first = thread * prompts.len() / threads;
+        let turns = prompts.iter().cycle().skip(first);
+        let turns = turns.take_while(|_| start.elapsed() < TOGETHER);
+        turns
+            .map(|prompt| {
+                fill_and_release_singly(pool, prompt);
+                prompt.len()
             })
+            .sum::<usize>()
+    };
+    let blocks: usize = thread::scope(|scope| {
+        let fill = &fill;
+        let workers: Vec<_> = (0..threads)
+            .map(|thread| scope.spawn(move || fill(thread)))
             .collect();
-        thread::sleep(TOGETHER);
-        stop.store(true, Ordering::Relaxed);
         let blocks = workers.into_iter().map(|worker| worker.join());
         blocks.map(|blocks| blocks.expect("no panic")).sum()
     });
     blocks as f64 / start.elapsed().as_secs_f64()
+}
+
+/// Memory of a full pool of [`MANY`] blocks, in bytes a block; with `tiers`, of the pool and what a
+/// hub adds that consolidates it with another one that holds nothing.
+fn bytes_per_block(eviction: EvictionKind, tiers: bool) -> f64 {
+    let before = resident_bytes();
+    let pool = |blocks| {
+        BlockPool::builder(PoolConfig::default())
+            .eviction(eviction)
+            .without_own_events()
+            .accounting(blocks)
+    };
+    let (full, other) = (pool(MANY), pool(1));
+    let hub = EventHub::new(DpRank(0), 1_024, Consolidation::Dedup);
+    if tiers {
+        full.join(&hub).expect("it has room");
+        other.join(&hub).expect("it has room");
+    }
+    let block = |i: u32| {
+        let block = BlockHash::of(&[i], SaltHash::default());
+        let sequence = SequenceHash::root(block);
+        (BlockId(i), TokenBlock { block, sequence }, None)
+    };
+    // In parts, so that the list of names that subscribers are told of is small.
+    let parts = (0..MANY).step_by(1_024);
+    let restored = parts.map(|first| full.restore((first..first + 1_024).map(block)));
+    assert_eq!(restored.sum::<usize>(), MANY as usize);
+    (resident_bytes() - before) as f64 / f64::from(MANY)
+}
+
+fn resident_bytes() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").expect("Linux");
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+    let kib = line.and_then(|line| line.split_whitespace().nth(1));
+    let kib: u64 = kib
+        .and_then(|kib| kib.parse().ok())
+        .expect("a number of KiB");
+    kib * 1_024
 }
 
 fn parents(prompt: &[TokenBlock]) -> impl Iterator<Item = Option<SequenceHash>> + '_ {

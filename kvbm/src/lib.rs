@@ -7,12 +7,12 @@
 //! |---|---|---|---|
 //! | G1 | where the engine computes | a [`BlockPool`] per rank | a [`KvArena`] |
 //! | G2 | host memory, shared by all ranks | a [`BlockPool`] | a [`KvArena`] |
-//! | G3 | local disk, shared by all ranks | a [`BlockPool`]; a block's id is its slot | a [`SlotStore`](store::SlotStore) |
-//! | G4 | an object store, or other workers | a bounded set of names ([`RemoteIndex`](tier::RemoteIndex)) | |
+//! | G3 | local disk, shared by all ranks | a [`BlockPool`]; a block's id is its slot | a [`SlotStore`] |
+//! | G4 | an object store, or other workers | a bounded set of names ([`RemoteIndex`]) | |
 //!
 //! So one set of rules holds on all tiers: who fills a block has it alone, only a complete block is
-//! found, what is held is not overwritten, and a name is there once. [`Tiers`](tier::Tiers) decides
-//! what is moved between them and when, without I/O, threads or clock; a [`Mover`](tier::Mover)
+//! found, what is held is not overwritten, and a name is there once. [`Tiers`] decides
+//! what is moved between them and when, without I/O, threads or clock; a [`Mover`]
 //! moves the bytes through `blockplane-transfer`; [`admit`] says what is worth a write to disk.
 //! Everything below G1 is a cache: what cannot be read in time is computed again. Changes on all
 //! tiers of a rank are one numbered stream ([`EventHub`]). Models whose layers attend differently

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blockplane_protocol::{DpRank, KvEvent, SequenceHash, StoredBlock, Tier};
+use blockplane_protocol::{DpRank, KvEvent, SequenceHash, SnapshotBlock, StoredBlock, Tier};
 use thiserror::Error;
 
 use super::{EventFeed, KvSnapshot, present::Present, ring::Ring};
@@ -217,25 +217,33 @@ impl EventHub {
     /// What the pools hold now, and the event it is the state after; `None` when one of them is
     /// gone.
     pub(super) fn snapshot(&self) -> Option<KvSnapshot> {
-        let (last_event_id, blocks) = loop {
+        let (last_event_id, held, present) = loop {
             let members = self.members()?;
             let books = lock_all(&members);
             let state = self.state.lock();
             if state.sources.len() != members.len() {
                 continue;
             }
-            let mut blocks = Vec::with_capacity(books.iter().map(|b| b.store.names().len()).sum());
-            for (source, (books, member)) in (0..).zip(books.iter().zip(&members)) {
-                let published = books.store.published(member.tier());
-                match &state.present {
-                    None => blocks.extend(published),
-                    Some(present) => blocks.extend(published.filter_map(|mut block| {
-                        block.tier = present.first_of(block.block.sequence, source)?;
-                        Some(block)
-                    })),
-                }
-            }
-            break (state.ring.last_id(), blocks);
+            let held: Vec<Vec<SnapshotBlock>> = (books.iter().zip(&members))
+                .map(|(books, member)| {
+                    let mut held = Vec::with_capacity(books.store.names().len());
+                    held.extend(books.store.published(member.tier()));
+                    held
+                })
+                .collect();
+            break (state.ring.last_id(), held, state.present.clone());
+        };
+        // Only copies are made while all wait; what is looked up is looked up here.
+        let blocks = match present {
+            None => held.concat(),
+            Some(present) => (0..)
+                .zip(held)
+                .flat_map(|(source, held)| held.into_iter().map(move |block| (source, block)))
+                .filter_map(|(source, block)| {
+                    let tier = present.first_of(block.block.sequence, source)?;
+                    Some(SnapshotBlock { tier, ..block })
+                })
+                .collect(),
         };
         Some(KvSnapshot::sorted(last_event_id, blocks))
     }

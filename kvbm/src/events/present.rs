@@ -6,7 +6,7 @@ use hashbrown::{HashTable, hash_table::Entry};
 use super::hub::HUB_POOLS_MAX;
 
 /// The blocks that any pool of a hub holds.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Present {
     blocks: HashTable<Presence>,
 }
