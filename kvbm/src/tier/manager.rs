@@ -39,6 +39,14 @@ pub struct TierManager {
     shared: Arc<Shared>,
     local: Option<Arc<LocalMover>>,
     store: Option<Arc<SlotStore>>,
+    threads: Arc<Threads>,
+}
+
+/// Threads that still have a share in the books, the movers and the store.
+#[derive(Default)]
+struct Threads {
+    count: Mutex<u32>,
+    ended: Condvar,
 }
 
 /// What a manager works with.
@@ -112,7 +120,7 @@ struct Shared {
     work: Condvar,
     /// The next deadline may be an earlier one.
     timer: Condvar,
-    /// A move ended, or a thread.
+    /// A move ended.
     progress: Condvar,
     mover: Arc<dyn Mover>,
     started: Instant,
@@ -122,7 +130,6 @@ struct Books {
     tiers: Tiers,
     told: HashMap<OnboardId, Arc<Mutex<Told>>>,
     stopping: bool,
-    threads: u32,
 }
 
 /// What is to be told once the lock is gone.
@@ -234,7 +241,6 @@ impl TierManager {
                 tiers: Tiers::new(config, pools, block_bytes)?,
                 told: HashMap::new(),
                 stopping: false,
-                threads: 0,
             }),
             work: Condvar::new(),
             timer: Condvar::new(),
@@ -247,6 +253,7 @@ impl TierManager {
             shared,
             local: None,
             store: None,
+            threads: Arc::default(),
         };
         for i in 0..config.queues.concurrent {
             manager.spawn(format!("kvbm-move-{i}"), Shared::move_blocks)?;
@@ -320,35 +327,36 @@ impl TierManager {
             .is_none_or(|store| store.flush(until).is_ok())
     }
 
-    /// Calls off what is under way and waits for the threads. False when one did not end within
-    /// `timeout`: it hangs in a device, and ends with it.
+    /// Calls off what is under way and waits for the threads; then G3 is closed, and opens without a
+    /// repair next time. False when that took longer than `timeout`: a thread hangs in a device, and
+    /// ends with it.
     pub fn stop(&self, timeout: Duration) -> bool {
         self.shared.stop();
         let until = Instant::now() + timeout;
-        let mut books = self.shared.books.lock();
-        while books.threads > 0 {
-            if self
-                .shared
-                .progress
-                .wait_until(&mut books, until)
-                .timed_out()
-            {
-                return books.threads == 0;
+        let mut count = self.threads.count.lock();
+        while *count > 0 {
+            if self.threads.ended.wait_until(&mut count, until).timed_out() {
+                return false;
             }
         }
-        true
+        drop(count);
+        self.store
+            .as_ref()
+            .is_none_or(|store| store.close(until).is_ok())
     }
 
     fn spawn(&self, name: String, run: fn(&Arc<Shared>)) -> io::Result<()> {
         let shared = Arc::clone(&self.shared);
-        self.shared.books.lock().threads += 1;
+        let threads = Arc::clone(&self.threads);
+        *self.threads.count.lock() += 1;
         let spawned = thread::Builder::new().name(name).spawn(move || {
             run(&shared);
-            shared.books.lock().threads -= 1;
-            shared.progress.notify_all();
+            drop(shared);
+            *threads.count.lock() -= 1;
+            threads.ended.notify_all();
         });
         spawned.map(drop).inspect_err(|_| {
-            self.shared.books.lock().threads -= 1;
+            *self.threads.count.lock() -= 1;
         })
     }
 }

@@ -232,8 +232,9 @@ impl Tiers {
                 }
             }
             self.host_evicted(Evicted::NotAdmitted, taken - sources.len());
-            if let Some(started) = self.write_to_disk(now, sources, true) {
-                return Some(started);
+            if !sources.is_empty() {
+                // Without a slot to write to, they go when room is needed.
+                return self.write_to_disk(now, sources, true);
             }
         }
     }
