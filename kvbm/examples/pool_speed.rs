@@ -20,6 +20,8 @@ use blockplane_protocol::{
 const ROUNDS: usize = 50;
 /// Blocks of the pool whose memory is measured.
 const MANY: u32 = 1 << 20;
+/// How many of them are filled at once.
+const PART: u32 = 1 << 16;
 /// How long threads work together for one figure.
 const TOGETHER: Duration = Duration::from_millis(100);
 
@@ -150,8 +152,8 @@ fn bytes_per_block(eviction: EvictionKind, tiers: bool) -> f64 {
         (BlockId(i), TokenBlock { block, sequence }, None)
     };
     // In parts, so that the list of names that subscribers are told of is small.
-    let parts = (0..MANY).step_by(1_024);
-    let restored = parts.map(|first| full.restore((first..first + 1_024).map(block)));
+    let parts = (0..MANY).step_by(PART as usize);
+    let restored = parts.map(|first| full.restore((first..first + PART).map(block)));
     assert_eq!(restored.sum::<usize>(), MANY as usize);
     (resident_bytes() - before) as f64 / f64::from(MANY)
 }
