@@ -7,6 +7,7 @@
 //! * [`transfer`]: block transfers between processes.
 //! * [`transfer::qualify`]: everything that the GPUs of a node do for block transfers.
 //! * [`engine`]: prefill and decode speed of the native engine.
+//! * [`tiers`]: the tiers below a GPU: host memory to disk and back, recovery, checksums.
 //! * [`serve`]: load on any OpenAI-compatible server.
 //!
 //! [`selftest`] checks instead of measuring: `blockplane selftest gpu`.
@@ -19,6 +20,7 @@ mod gpu;
 pub mod report;
 pub mod selftest;
 pub mod serve;
+pub mod tiers;
 pub mod transfer;
 
 use blockplane_transfer::KernelConfig;
@@ -38,6 +40,8 @@ pub enum BenchCommand {
     Engine(engine::EngineArgs),
     /// Load an OpenAI-compatible server and measure its latencies and throughput.
     Serve(serve::ServeArgs),
+    /// Move blocks between host memory and the store on disk, and recover it.
+    Kvbm(tiers::TiersArgs),
     /// Move blocks between agents and measure bandwidth, latency and what it costs.
     Transfer(Box<transfer::TransferArgs>),
     /// Check and time everything that GPUs of this node do for block transfers, in minutes.
@@ -55,6 +59,7 @@ pub fn run(args: BenchArgs, kernels: &KernelConfig) -> anyhow::Result<()> {
     match args.command {
         BenchCommand::Engine(args) => engine::run(&args),
         BenchCommand::Serve(args) => serve::run(&args),
+        BenchCommand::Kvbm(args) => tiers::run(&args),
         BenchCommand::Transfer(args) => transfer::run(&args, kernels),
         BenchCommand::Gpu(args) => transfer::qualify(&args, kernels),
         BenchCommand::TransferPeer => transfer::run_peer(kernels),

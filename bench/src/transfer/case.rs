@@ -349,14 +349,14 @@ impl LaneName {
 }
 
 impl OpName {
-    pub(super) const fn op(self) -> Op {
+    pub(crate) const fn op(self) -> Op {
         match self {
             Self::Write => Op::Write,
             Self::Read => Op::Read,
         }
     }
 
-    pub(super) const fn as_str(self) -> &'static str {
+    pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::Write => "write",
             Self::Read => "read",

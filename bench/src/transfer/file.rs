@@ -349,16 +349,20 @@ impl Ours {
 }
 
 /// The flexible I/O tester.
-struct Fio;
+pub(crate) struct Fio;
 
 impl Fio {
-    fn find() -> Option<Self> {
+    /// Present where it is installed.
+    pub(crate) fn find() -> Option<Self> {
         let version = Command::new("fio").arg("--version").output().ok()?;
         version.status.success().then_some(Self)
     }
 
     /// GB/s and cores used.
-    fn measure(
+    ///
+    /// # Errors
+    /// It fails, or says nothing that can be read.
+    pub(crate) fn measure(
         &self,
         path: &Path,
         bytes: u64,

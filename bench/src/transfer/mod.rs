@@ -48,6 +48,7 @@ pub use self::{
     qualify::{GpuArgs, Group, qualify},
     scheme::Scheme,
 };
+pub(crate) use self::{file::Fio, limits::gb_per_s, node::process_cpu};
 use crate::report::{Record, Report, Table};
 
 /// Runs it. `kernels` says where kernels for GPUs are compiled and kept.

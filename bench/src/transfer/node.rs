@@ -357,7 +357,7 @@ pub(super) fn config(name: &str, settings: &Settings, kernels: &KernelConfig) ->
 }
 
 /// Processor time of this process.
-pub(super) fn process_cpu() -> Duration {
+pub(crate) fn process_cpu() -> Duration {
     cpu(rustix::time::ClockId::ProcessCPUTime)
 }
 

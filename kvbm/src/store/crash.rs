@@ -68,7 +68,7 @@ fn open(disk: &SimDisk, geometry: Geometry, id: u64) -> (SlotStore, Vec<Recovere
         read_only: false,
         time: TIME,
     };
-    SlotStore::on(Box::new(disk.clone()), path, &how).unwrap()
+    SlotStore::on(Box::new(disk.clone()), None, path, &how).unwrap()
 }
 
 struct Memory {

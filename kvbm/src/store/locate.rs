@@ -20,10 +20,20 @@ use super::{
 /// Zeros are written this many bytes at a time.
 const ZEROS: u64 = 16 << 20;
 
+/// A lock on a file, as long as this lives.
+pub(super) struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing would do, were there not for a moment a second descriptor in every process that is
+        // being started.
+        let _ = self.0.unlock();
+    }
+}
+
 /// A locked file.
 pub(super) struct Located {
-    /// Holds the lock as long as it is open.
-    pub(super) lock: File,
+    pub(super) lock: Lock,
     pub(super) path: PathBuf,
     /// It is ours by its name.
     pub(super) owned: bool,
@@ -92,7 +102,7 @@ fn open(path: &Path, owned: bool, device: bool) -> Result<Located, StoreError> {
         Err(TryLockError::Error(error)) => return Err(io("lock")(error)),
     }
     Ok(Located {
-        lock,
+        lock: Lock(lock),
         path: path.to_owned(),
         owned,
         read_only,
@@ -180,12 +190,12 @@ impl Located {
     }
 
     fn length(&self) -> Result<u64, StoreError> {
-        let length = self.lock.metadata().map(|metadata| metadata.len());
+        let length = self.lock.0.metadata().map(|metadata| metadata.len());
         length.map_err(|source| self.io("look at", source))
     }
 
     fn cut(&self, length: u64) -> Result<(), StoreError> {
-        let cut = self.lock.set_len(length);
+        let cut = self.lock.0.set_len(length);
         cut.map_err(|source| self.io("cut", source))
     }
 

@@ -33,7 +33,6 @@ mod write;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    fs::File,
     hash::{BuildHasher, RandomState},
     path::{Path, PathBuf},
     sync::{
@@ -59,6 +58,7 @@ use self::{
     format::{Geometry, PAGE, PAGE_BYTES, Page, Superblock},
     health::Health,
     hold::{Lanes, Pages},
+    locate::Lock,
     recover::{Contents, Plan, Wanted},
     slots::Slots,
 };
@@ -72,8 +72,6 @@ const LANES: u32 = 16;
 pub struct SlotStore {
     core: Arc<Core>,
     recovery: Recovery,
-    /// Keeps other processes out.
-    _lock: Option<File>,
 }
 
 /// What batches that outlive their call still need.
@@ -100,6 +98,8 @@ struct Core {
     generation: AtomicU64,
     bytes_written: AtomicU64,
     invalid: AtomicU64,
+    /// Keeps other processes out, also while requests of a closed store hang.
+    _lock: Option<Lock>,
 }
 
 impl SlotStore {
@@ -154,14 +154,15 @@ impl SlotStore {
             read_only: located.read_only,
             time,
         };
-        let (mut store, recovered) = Self::on(Box::new(disk), &located.path, &how)?;
-        store._lock = Some(located.lock);
+        let lock = Some(located.lock);
+        let (store, recovered) = Self::on(Box::new(disk), lock, &located.path, &how)?;
         Ok((Arc::new(store), recovered))
     }
 
     /// Opens a store on a disk that is as long as it is going to be.
     fn on(
         disk: Box<dyn Disk>,
+        lock: Option<Lock>,
         path: &Path,
         how: &How,
     ) -> Result<(Self, Vec<RecoveredSlot>), StoreError> {
@@ -226,6 +227,7 @@ impl SlotStore {
             generation: AtomicU64::new(contents.generation),
             bytes_written: AtomicU64::new(bytes_written),
             invalid: AtomicU64::new(0),
+            _lock: lock,
         };
         if capacity < how.slots {
             let why = format!("there is room for {capacity} of {} slots", how.slots);
@@ -242,7 +244,6 @@ impl SlotStore {
         let store = Self {
             core: Arc::new(core),
             recovery,
-            _lock: None,
         };
         Ok((store, contents.recovered))
     }

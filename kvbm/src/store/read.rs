@@ -153,7 +153,7 @@ fn judge(
             );
             BlockOutcome::Invalid(Invalid::Checksum)
         }
-        Err(reason) => BlockOutcome::Failed(reason),
+        Err(error) => BlockOutcome::Failed(error.to_string()),
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use blockplane_transfer::Op;
+use blockplane_transfer::{AccessError, Op};
 
 use super::{
     BATCH, Core,
@@ -154,7 +154,7 @@ impl Job<'_> {
             .flat_map(|block| self.payload(block))
             .collect();
         let flight = self.batch.write(&pieces, until);
-        let sums: Vec<Result<Header, String>> = (0..self.blocks.len())
+        let sums: Vec<Result<Header, AccessError>> = (0..self.blocks.len())
             .map(|index| self.header(index))
             .collect();
         let together = self.batch.wait(flight, until)?;
@@ -178,10 +178,7 @@ impl Job<'_> {
             };
             fates.push(match (written, header) {
                 (Ok(()), Ok(header)) => Fate::Sound(header),
-                (Ok(()), Err(message)) => Fate::Failed(DiskError {
-                    kind: DiskErrorKind::Other,
-                    message,
-                }),
+                (Ok(()), Err(error)) => Fate::Failed(DiskError::other(error)),
                 (Err(error), _) => {
                     core.health.write_failed(&error);
                     if error.kind == DiskErrorKind::Media {
@@ -200,7 +197,7 @@ impl Job<'_> {
         self.from.pieces(block.block, at)
     }
 
-    fn header(&self, index: usize) -> Result<Header, String> {
+    fn header(&self, index: usize) -> Result<Header, AccessError> {
         let block = &self.blocks[index];
         let (fingerprint, length) = (self.core.fingerprint, self.core.geometry.block_bytes);
         let generation = self.batch.claims[index].generation;
@@ -260,7 +257,7 @@ impl Job<'_> {
                 kind: DiskErrorKind::Media,
                 message: "what was written there does not read back".to_owned(),
             }),
-            Err(message) => Err(DiskError::other(message)),
+            Err(error) => Err(DiskError::other(error)),
         })
     }
 

@@ -163,6 +163,6 @@ fn rate(lot: &Lot, seconds: &Samples) -> f64 {
 
 /// 10^9 bytes per second.
 #[expect(clippy::cast_precision_loss, reason = "far below 2^53 bytes")]
-pub(super) fn gb_per_s(bytes: u64, seconds: f64) -> f64 {
+pub(crate) fn gb_per_s(bytes: u64, seconds: f64) -> f64 {
     bytes as f64 / seconds.max(1e-9) / 1e9
 }
