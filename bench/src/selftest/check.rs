@@ -12,7 +12,7 @@ use super::{
     place::Place,
     sanitizer,
     stage::{self, Far},
-    tensors,
+    tensors, tiers,
     world::{Outcome, Processes, Way, World},
 };
 
@@ -130,6 +130,9 @@ pub(super) fn all() -> Vec<Check> {
     }));
     checks.extend(large_ones());
     checks.extend(staged("stage", Some(0)));
+    checks.push(Check::new("tiers", 60, |world, name| {
+        tiers::check(world, name, Some(0))
+    }));
     checks.push(Check::new("stage/event", 30, |world, _| {
         stage::event(world)
     }));
@@ -258,6 +261,9 @@ fn controls() -> Vec<Check> {
     }
     checks.push(Check::new("control/notify", 30, |world, name| {
         notify::check(world, name, PLACES, SMALL)
+    }));
+    checks.push(Check::new("control/tiers", 60, |world, name| {
+        tiers::check(world, name, None)
     }));
     checks.extend(staged("control/stage", None));
     for check in &mut checks {

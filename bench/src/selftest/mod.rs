@@ -23,6 +23,7 @@ mod sanitizer;
 mod stage;
 mod tend;
 mod tensors;
+mod tiers;
 mod worker;
 mod world;
 
