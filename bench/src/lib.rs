@@ -10,6 +10,7 @@
 //! * [`tiers`]: the tiers below a GPU: host memory to disk and back, recovery, checksums.
 //! * [`serve`]: load on any OpenAI-compatible server.
 //!
+//! [`kvbm`] plays traffic against the manager of the KV cache: `blockplane kvbm replay|advise`.
 //! [`selftest`] checks instead of measuring: `blockplane selftest gpu`.
 //!
 //! Only the launcher depends on this crate: it mounts [`BenchArgs`] and calls [`run`].
@@ -17,6 +18,7 @@
 mod child;
 pub mod engine;
 mod gpu;
+pub mod kvbm;
 pub mod report;
 pub mod selftest;
 pub mod serve;

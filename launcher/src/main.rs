@@ -7,6 +7,7 @@ mod cli;
 mod deployment;
 mod doctor;
 mod kernels;
+mod kvbm;
 mod node;
 mod output;
 mod role;
@@ -42,6 +43,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Bench(args) => {
             blockplane_bench::run(args, &kernels::config()).map(|()| ExitCode::SUCCESS)
         }
+        Command::Kvbm(command) => kvbm::run(command),
         Command::Selftest(args) => blockplane_bench::selftest::run(args, kernels::config()),
     }
 }

@@ -30,6 +30,7 @@ use anyhow::Context;
 use blockplane_transfer::KernelConfig;
 use serde_json::json;
 
+pub(crate) use self::model::{Cut, Model};
 use self::{
     args::Effective,
     case::{Case, Shape},

@@ -31,23 +31,23 @@ pub enum Order {
 
 /// What a request of one model moves on one rank.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Model {
-    pub(super) name: String,
-    pub(super) layout: KvLayout,
-    pub(super) tokens: u32,
-    pub(super) ranks: u32,
+pub(crate) struct Model {
+    pub(crate) name: String,
+    pub(crate) layout: KvLayout,
+    pub(crate) tokens: u32,
+    pub(crate) ranks: u32,
     /// Every rank holds the same bytes (latent attention, or fewer heads than ranks).
-    pub(super) replicated: bool,
+    pub(crate) replicated: bool,
 }
 
 /// How a model is cut and stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Cut {
-    pub(super) tokens: u32,
-    pub(super) ranks: u32,
-    pub(super) dtype: Option<DTypeName>,
-    pub(super) block_tokens: u32,
-    pub(super) order: Order,
+pub(crate) struct Cut {
+    pub(crate) tokens: u32,
+    pub(crate) ranks: u32,
+    pub(crate) dtype: Option<DTypeName>,
+    pub(crate) block_tokens: u32,
+    pub(crate) order: Order,
 }
 
 /// Largest value accepted for any dimension of a configuration.
@@ -55,7 +55,7 @@ const DIMENSION_MAX: u64 = 1 << 20;
 
 impl Model {
     /// Reads a `config.json`, or the one in a folder.
-    pub(super) fn read(path: &Path, cut: Cut) -> anyhow::Result<Self> {
+    pub(crate) fn read(path: &Path, cut: Cut) -> anyhow::Result<Self> {
         let path = if path.is_dir() {
             path.join("config.json")
         } else {
@@ -132,7 +132,7 @@ impl Model {
     }
 
     /// Bytes of one request on one rank.
-    pub(super) const fn bytes(&self) -> usize {
+    pub(crate) const fn bytes(&self) -> usize {
         self.layout.pool_bytes(self.blocks())
     }
 

@@ -107,6 +107,7 @@ fn chart(records: &[Record]) -> Chart {
         title: "blockplane bench transfer: bandwidth by lane and blocks of one transfer".to_owned(),
         x_label: "block size in bytes".to_owned(),
         y_label: "GB/s".to_owned(),
+        y_percent: false,
         panels,
     }
 }

@@ -50,17 +50,24 @@ impl Frequency {
     /// Counts `name`; whether its count reached the threshold.
     pub(super) fn count(&mut self, now: Duration, name: u64) -> bool {
         self.decay(now);
-        let end = self.ends.get(name);
-        let count = if end > self.epoch {
-            self.leave(end);
-            (end - self.epoch).saturating_mul(2).min(COUNT_MAX)
-        } else {
-            1
-        };
         let epoch = self.epoch;
-        let end = epoch.saturating_add(count);
-        self.ends.set(name, end, |end| end <= epoch);
-        *self.ending.entry(end).or_insert(0) += 1;
+        let mut count = 1;
+        let mut next = 0;
+        let end = self.ends.set(
+            name,
+            |end| {
+                if end > epoch {
+                    count = (end - epoch).saturating_mul(2).min(COUNT_MAX);
+                }
+                next = epoch.saturating_add(count);
+                next
+            },
+            |end| end <= epoch,
+        );
+        if end > epoch {
+            self.leave(end);
+        }
+        *self.ending.entry(next).or_insert(0) += 1;
         self.live += 1;
         if self.live > self.entries_max {
             self.prune(now);

@@ -42,19 +42,23 @@ impl Recent {
 
     /// Notes what `to` makes of what was noted before, which it returns.
     pub(super) fn update(&mut self, name: u64, to: impl FnOnce(Option<u16>) -> u16) -> Option<u16> {
-        let value = self.known.get(name);
-        let age = self.generation - (value >> NOTE_BITS);
-        let before = (age <= 1).then(|| note(value));
+        let current = self.generation;
+        let mut before = None;
+        let value = self.known.set(
+            name,
+            |value| {
+                before = (current - (value >> NOTE_BITS) <= 1).then(|| note(value));
+                current << NOTE_BITS | u64::from(to(before))
+            },
+            |value| current - (value >> NOTE_BITS) > 1,
+        );
+        let age = current - (value >> NOTE_BITS);
         if age == 1 {
             self.names[1] -= 1;
         }
         if age > 0 {
             self.names[0] += 1;
         }
-        let current = self.generation;
-        let value = current << NOTE_BITS | u64::from(to(before));
-        let old = |value: u64| current - (value >> NOTE_BITS) > 1;
-        self.known.set(name, value, old);
         if self.names[0] >= self.generation_max {
             self.generation += 1;
             self.names = [0, self.names[0]];

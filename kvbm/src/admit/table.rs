@@ -2,7 +2,7 @@
 
 /// Slots that one insertion looks at for entries to forget. More than one, so that entries leave
 /// faster than they can come.
-const SWEPT: usize = 4;
+const SWEPT: usize = 2;
 const SLOTS_MIN: usize = 64;
 
 /// Names and what is known of them: open addressing, 16 bytes a slot, at most three quarters full.
@@ -55,23 +55,32 @@ impl Table {
         }
     }
 
-    /// Sets the value of `name`, and forgets a few entries for which `old` holds.
-    pub(super) fn set(&mut self, name: u64, value: u64, old: impl Fn(u64) -> bool) {
-        debug_assert_ne!(value, 0, "0 marks an empty slot");
+    /// Sets the value of `name` to what `to` makes of the one before (0 for none), which it returns,
+    /// and forgets a few entries for which `old` holds.
+    pub(super) fn set(
+        &mut self,
+        name: u64,
+        to: impl FnOnce(u64) -> u64,
+        old: impl Fn(u64) -> bool,
+    ) -> u64 {
         self.sweep(&old);
         let mut at = self.home(name);
         while self.slots[at].value != 0 {
             if self.slots[at].name == name {
-                self.slots[at].value = value;
-                return;
+                let before = self.slots[at].value;
+                self.slots[at].value = to(before);
+                return before;
             }
             at = self.after(at);
         }
+        let value = to(0);
+        debug_assert_ne!(value, 0, "0 marks an empty slot");
         self.slots[at] = Slot { name, value };
         self.used += 1;
         if self.used * 4 > self.slots.len() * 3 {
             self.rebuild(&old);
         }
+        0
     }
 
     fn sweep(&mut self, old: &impl Fn(u64) -> bool) {
@@ -148,7 +157,7 @@ mod tests {
                 now += advance;
                 // Values are times; what was set more than 300 ago is old.
                 let old = |value: u64| value + 300 < now;
-                table.set(name, now, old);
+                table.set(name, |_| now, old);
                 naive.insert(name, now);
                 for (&name, &value) in &naive {
                     let got = table.get(name);
@@ -162,7 +171,7 @@ mod tests {
     fn old_entries_leave_and_memory_stays() {
         let mut table = Table::new();
         for now in 1..200_000u64 {
-            table.set(now, now, |value| value + 1_000 < now);
+            table.set(now, |_| now, |value| value + 1_000 < now);
         }
         assert!(table.used() < 3_000, "{}", table.used());
         assert!(table.bytes() <= 4_096 * 16, "{}", table.bytes());

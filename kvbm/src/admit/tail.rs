@@ -14,35 +14,53 @@ const STRIDE_TOKENS: u32 = 512;
 pub(super) struct Tail {
     /// Longest tail, in blocks.
     new_max: usize,
-    /// One of so many blocks of a prompt is remembered for long.
-    stride: usize,
-    prompts: Recent,
     /// Whether the last request that asked for a block had a short tail.
     short: Recent,
+    /// Where blocks are small: marks of prompts, which are remembered for longer than blocks.
+    marks: Option<Marks>,
+}
+
+#[derive(Clone, Debug)]
+struct Marks {
+    /// The last of so many blocks is a mark.
+    stride: usize,
+    known: Recent,
 }
 
 impl Tail {
     pub(super) fn new(tokens: u32, block_tokens: u32, entries_max: usize) -> Self {
         let block_tokens = block_tokens.max(1);
+        let stride = (STRIDE_TOKENS / block_tokens).max(1) as usize;
+        let marks = (stride > 1).then(|| Marks {
+            stride,
+            known: Recent::new(entries_max / 2),
+        });
+        let blocks_max = if marks.is_some() {
+            entries_max / 2
+        } else {
+            entries_max
+        };
         Self {
             new_max: (tokens / block_tokens) as usize,
-            stride: (STRIDE_TOKENS / block_tokens).max(1) as usize,
-            prompts: Recent::new(entries_max / 2),
-            short: Recent::new(entries_max / 2),
+            short: Recent::new(blocks_max),
+            marks,
         }
     }
 
     /// A request asks for these blocks.
     pub(super) fn refer(&mut self, names: impl Iterator<Item = u64> + Clone) {
-        let marks = names.clone().skip(self.stride - 1).step_by(self.stride);
-        let mut known = 0;
-        let mut goes_on = true;
-        for name in marks {
-            goes_on &= self.prompts.update(name, |_| 1).is_some();
-            known += usize::from(goes_on);
-        }
-        let blocks = names.clone().count();
-        let short = blocks - known * self.stride <= self.new_max;
+        let known = match &mut self.marks {
+            None => prefix(&self.short, names.clone()),
+            Some(Marks { stride, known }) => {
+                let marks = names.clone().skip(*stride - 1).step_by(*stride);
+                let prefix = prefix(known, marks.clone()) * *stride;
+                for name in marks {
+                    known.set(name, 0);
+                }
+                prefix
+            }
+        };
+        let short = names.clone().count() - known <= self.new_max;
         for name in names {
             self.short.set(name, u16::from(short));
         }
@@ -53,12 +71,22 @@ impl Tail {
     }
 
     pub(super) const fn len(&self) -> usize {
-        self.prompts.len() + self.short.len()
+        let marks = match &self.marks {
+            Some(marks) => marks.known.len(),
+            None => 0,
+        };
+        marks + self.short.len()
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.prompts.bytes() + self.short.bytes()
+        let marks = self.marks.as_ref();
+        marks.map_or(0, |marks| marks.known.bytes()) + self.short.bytes()
     }
+}
+
+/// Leading names that are known.
+fn prefix(known: &Recent, names: impl Iterator<Item = u64>) -> usize {
+    names.take_while(|name| known.get(*name).is_some()).count()
 }
 
 #[cfg(test)]

@@ -48,6 +48,9 @@ pub(crate) enum Command {
     Doctor(DoctorArgs),
     /// Measure links, the engine, or a running deployment.
     Bench(blockplane_bench::BenchArgs),
+    /// Tune the KV cache below the GPU.
+    #[command(subcommand)]
+    Kvbm(crate::kvbm::KvbmCommand),
     /// Check that this machine moves the right bytes.
     Selftest(blockplane_bench::selftest::SelftestArgs),
 }

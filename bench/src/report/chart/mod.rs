@@ -1,10 +1,12 @@
-//! Line charts with logarithmic axes, as SVG or PNG.
+//! Line charts with logarithmic axes, as SVG or PNG, or as text for a terminal.
 
 mod raster;
 mod svg;
+mod text;
 
 use raster::Raster;
 use svg::Svg;
+use text::Text;
 
 /// A figure of one or more panels that share their axes and their legend.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -15,6 +17,8 @@ pub struct Chart {
     pub x_label: String,
     /// Above every vertical axis.
     pub y_label: String,
+    /// Values of the vertical axis are percentages: it is linear and begins at 0.
+    pub y_percent: bool,
     /// From left to right, two a row.
     pub panels: Vec<Panel>,
 }
@@ -89,6 +93,7 @@ trait Canvas {
 struct Range {
     low: f64,
     high: f64,
+    linear: bool,
 }
 
 impl Chart {
@@ -106,6 +111,14 @@ impl Chart {
     /// When it is too large to be encoded.
     pub fn png(&self) -> anyhow::Result<Vec<u8>> {
         let mut canvas = Raster::new(self.size());
+        self.draw(&mut canvas);
+        canvas.finish()
+    }
+
+    /// The chart as lines of text. Lines are drawn with letters, one for each name.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let mut canvas = Text::new(self.size());
         self.draw(&mut canvas);
         canvas.finish()
     }
@@ -141,7 +154,11 @@ impl Chart {
             series.flat_map(|series| &series.points)
         };
         let x = Range::of(points().map(|&(x, _)| x), 2.0);
-        let y = Range::of(points().map(|&(_, y)| y), 10.0);
+        let y = if self.y_percent {
+            Range::percent(points().map(|&(_, y)| y))
+        } else {
+            Range::of(points().map(|&(_, y)| y), 10.0)
+        };
         canvas.text((16.0, 24.0), Anchor::Start, &self.title);
         let labels = self.labels();
         let (width, height) = cell();
@@ -195,13 +212,14 @@ impl Chart {
             canvas.line(&[(at, top), (at, bottom)], GRID, 1.0, false);
             canvas.text((at, bottom + 18.0), Anchor::Middle, &bytes_label(tick));
         }
-        let decades = y.ticks(10.0);
-        let between = decades.iter().flat_map(|&tick| [tick * 2.0, tick * 5.0]);
+        let labelled = y.ticks(10.0);
+        let between = labelled.iter().filter(|_| !y.linear);
+        let between = between.flat_map(|&tick| [tick * 2.0, tick * 5.0]);
         for tick in between.filter(|&tick| tick < y.high) {
             let at = bottom - y.part(tick) * PLOT.1;
             canvas.line(&[(left, at), (right, at)], GRID, 0.6, false);
         }
-        for tick in decades {
+        for tick in labelled {
             let at = bottom - y.part(tick) * PLOT.1;
             canvas.line(&[(left, at), (right, at)], GRID, 1.0, false);
             canvas.text((left - 6.0, at + 5.0), Anchor::End, &tick.to_string());
@@ -238,17 +256,35 @@ impl Range {
         Self {
             low,
             high: high.max(low * base),
+            linear: false,
+        }
+    }
+
+    /// From 0 to a multiple of ten.
+    fn percent(values: impl Iterator<Item = f64>) -> Self {
+        let high = values.filter(|value| value.is_finite()).fold(0.0, f64::max);
+        Self {
+            low: 0.0,
+            high: ((high / 10.0).ceil() * 10.0).max(10.0),
+            linear: true,
         }
     }
 
     /// Where a value lies between the ends, 0 to 1.
     fn part(self, value: f64) -> f64 {
-        ((value / self.low).ln() / (self.high / self.low).ln()).clamp(0.0, 1.0)
+        let part = if self.linear {
+            (value - self.low) / (self.high - self.low)
+        } else {
+            (value / self.low).ln() / (self.high / self.low).ln()
+        };
+        part.clamp(0.0, 1.0)
     }
 
-    /// Powers of `base` from end to end, thinned out where there are more than twelve.
+    /// Powers of `base`, or steps of ten where the range is linear, from end to end; thinned out
+    /// where there are more than twelve.
     fn ticks(self, base: f64) -> Vec<f64> {
-        let all: Vec<f64> = std::iter::successors(Some(self.low), |at| Some(at * base))
+        let next = |at: &f64| Some(if self.linear { at + 10.0 } else { at * base });
+        let all: Vec<f64> = std::iter::successors(Some(self.low), next)
             .take_while(|at| *at <= self.high * 1.000_001)
             .collect();
         let step = all.len().div_ceil(12).max(1);
@@ -276,7 +312,12 @@ const fn count(number: usize) -> f64 {
 
 /// `4K`, `1M`: ticks are powers of two.
 fn bytes_label(bytes: f64) -> String {
-    for (unit, size) in [("G", 1_073_741_824.0), ("M", 1_048_576.0), ("K", 1024.0)] {
+    for (unit, size) in [
+        ("T", 1_099_511_627_776.0),
+        ("G", 1_073_741_824.0),
+        ("M", 1_048_576.0),
+        ("K", 1024.0),
+    ] {
         if bytes >= size {
             return format!("{}{unit}", bytes / size);
         }
@@ -298,6 +339,7 @@ mod tests {
             title: "a & b".to_owned(),
             x_label: "block size".to_owned(),
             y_label: "GB/s".to_owned(),
+            y_percent: false,
             panels: vec![Panel {
                 title: "write".to_owned(),
                 series: vec![
@@ -344,6 +386,30 @@ mod tests {
         assert_eq!(svg.matches("<text").count(), svg.matches("</text>").count());
         // The bound and its place in the legend.
         assert_eq!(svg.matches("stroke-dasharray").count(), 2);
+    }
+
+    #[test]
+    fn percentages_begin_at_0() {
+        let range = Range::percent([3.0, 31.0].into_iter());
+        assert_eq!(range.ticks(10.0), [0.0, 10.0, 20.0, 30.0, 40.0]);
+        assert!((range.part(10.0) - 0.25).abs() < 1e-9);
+    }
+
+    #[test]
+    fn the_text_has_the_lines_and_their_names() {
+        let text = Chart {
+            y_percent: true,
+            ..chart()
+        }
+        .text();
+        for part in ["a & b", "64K", "GB/s", "block size", "* shm x1", "40"] {
+            assert!(text.contains(part), "{part} in\n{text}");
+        }
+        assert!(text.matches('*').count() > 20, "{text}");
+        assert!(
+            text.lines().all(|line| line.chars().count() <= 100),
+            "{text}"
+        );
     }
 
     #[test]

@@ -1,0 +1,23 @@
+//! Traffic against the real manager of the KV cache, in virtual time: `blockplane kvbm replay` says
+//! what a configuration does for a trace, `blockplane kvbm advise` which one to take.
+//!
+//! The books are those of a worker ([`blockplane_kvbm::tier::Tiers`]); only copies and clocks are
+//! not real. `docs/tuning-kvbm.md` explains the figures.
+
+mod advise;
+mod args;
+mod driver;
+mod links;
+mod outcome;
+mod replay;
+mod simulate;
+mod trace;
+mod world;
+
+pub use advise::{AdviseArgs, Speeds, advise};
+pub use args::TrafficArgs;
+pub use links::LinkSpeeds;
+pub use outcome::{Outcome, Queues};
+pub use replay::{Compat, ReplayArgs, replay};
+pub use simulate::{Simulation, simulate};
+pub use trace::{Asked, MOONCAKE_BLOCK_TOKENS, Trace, TraceConfig};

@@ -1,0 +1,61 @@
+//! What is behind the books of a replay: nothing, or bytes.
+
+use std::time::Duration;
+
+use blockplane_kvbm::tier::{MoveReport, MoveSpec};
+use blockplane_protocol::{BlockId, TokenBlock};
+
+use super::links::{LinkSpeeds, Links};
+
+/// Moves blocks, and fills and checks those of G1.
+pub(super) trait World {
+    /// When a move that starts at `now` is going to end.
+    fn end(&mut self, now: Duration, spec: &MoveSpec) -> Duration;
+
+    /// Does the move.
+    fn carry(&mut self, spec: &MoveSpec) -> MoveReport;
+
+    /// A block of G1 was computed.
+    fn computed(&mut self, block: BlockId, name: TokenBlock) -> anyhow::Result<()>;
+
+    /// A block of G1 was loaded: checks its contents.
+    fn loaded(&mut self, block: BlockId, name: TokenBlock) -> anyhow::Result<()>;
+}
+
+/// Books without bytes; moves take the time of virtual links.
+#[derive(Debug)]
+pub(super) struct Null {
+    links: Links,
+    block_bytes: u64,
+}
+
+impl Null {
+    pub(super) const fn new(speeds: LinkSpeeds, block_bytes: u64) -> Self {
+        Self {
+            links: Links::new(speeds),
+            block_bytes,
+        }
+    }
+}
+
+impl World for Null {
+    fn end(&mut self, now: Duration, spec: &MoveSpec) -> Duration {
+        let bytes = spec.blocks.len() as u64 * self.block_bytes;
+        self.links.end(now, spec.kind, bytes)
+    }
+
+    fn carry(&mut self, spec: &MoveSpec) -> MoveReport {
+        MoveReport::moved(
+            spec.blocks.len(),
+            spec.blocks.len() as u64 * self.block_bytes,
+        )
+    }
+
+    fn computed(&mut self, _: BlockId, _: TokenBlock) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    fn loaded(&mut self, _: BlockId, _: TokenBlock) -> anyhow::Result<()> {
+        Ok(())
+    }
+}
