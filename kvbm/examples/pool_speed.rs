@@ -4,8 +4,9 @@
 #![expect(clippy::print_stdout, reason = "its output is its purpose")]
 
 use std::{
-    fs,
+    env, fs,
     hint::black_box,
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -20,18 +21,30 @@ use blockplane_protocol::{
 const ROUNDS: usize = 50;
 /// Blocks of the pool whose memory is measured.
 const MANY: u32 = 1 << 20;
+/// The measurement with a hub.
+const TIERS: &str = "lru, and a hub of several tiers";
 /// How many of them are filled at once.
 const PART: u32 = 1 << 16;
 /// How long threads work together for one figure.
 const TOGETHER: Duration = Duration::from_millis(100);
 
 fn main() {
-    for eviction in EvictionKind::ALL {
-        let bytes = bytes_per_block(eviction, false);
-        println!("memory, {eviction:<9}                         {bytes:7.1} bytes a block [100]");
+    if let Some(what) = env::args().nth(1) {
+        return print_memory(&what);
     }
-    let bytes = bytes_per_block(EvictionKind::Lru, true);
-    println!("memory, lru, with a hub of several tiers   {bytes:7.1} bytes a block [100]");
+    // Each in a process of its own: memory that was freed counts for nobody then.
+    for what in EvictionKind::ALL
+        .map(EvictionKind::word)
+        .iter()
+        .chain(&[TIERS])
+    {
+        let own = env::current_exe().expect("this program has a path");
+        let status = Command::new(own).arg(what).status();
+        assert!(
+            status.is_ok_and(|status| status.success()),
+            "memory of {what}"
+        );
+    }
 
     let pool = BlockPool::accounting(100_000, PoolConfig::default());
     let prompts: Vec<Vec<TokenBlock>> = (0..150).map(|seed| prompt(seed, 1_000)).collect();
@@ -151,11 +164,19 @@ fn bytes_per_block(eviction: EvictionKind, tiers: bool) -> f64 {
         let sequence = SequenceHash::root(block);
         (BlockId(i), TokenBlock { block, sequence }, None)
     };
-    // In parts, so that the list of names that subscribers are told of is small.
+    // In parts, so that the list of names for the hub is small.
     let parts = (0..MANY).step_by(PART as usize);
     let restored = parts.map(|first| full.restore((first..first + PART).map(block)));
     assert_eq!(restored.sum::<usize>(), MANY as usize);
     (resident_bytes() - before) as f64 / f64::from(MANY)
+}
+
+fn print_memory(what: &str) {
+    let bytes = match what.parse() {
+        Ok(eviction) => bytes_per_block(eviction, false),
+        Err(_) => bytes_per_block(EvictionKind::Lru, true),
+    };
+    println!("memory, {what:<34} {bytes:7.1} bytes a block [100]");
 }
 
 fn resident_bytes() -> u64 {
