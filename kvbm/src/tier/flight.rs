@@ -106,9 +106,6 @@ impl Tiers {
                 sources,
                 targets,
             } => {
-                for block in &flight.blocks {
-                    self.arriving_host.remove(&block.name.sequence);
-                }
                 let (complete, rest) = sort(&flight.blocks, targets, outcomes);
                 self.dropped(Dropped::Failed, rest.len());
                 self.stored(now, rank, priority, BlockPool::register(complete));
@@ -144,9 +141,6 @@ impl Tiers {
                 sources,
                 targets,
             } => {
-                for block in &flight.blocks {
-                    self.arriving_host.remove(&block.name.sequence);
-                }
                 for (i, outcome) in outcomes.iter().enumerate() {
                     if let BlockOutcome::Invalid(_) | BlockOutcome::Bad(_) = outcome
                         && let Some(disk) = self.disk.as_ref().filter(|_| tier == Tier::Disk)
@@ -168,13 +162,6 @@ impl Tiers {
                 targets,
                 demote,
             } => {
-                let arriving = match tier {
-                    Tier::Remote => &mut self.arriving_remote,
-                    Tier::Device | Tier::Host | Tier::Disk => &mut self.arriving_disk,
-                };
-                for block in &flight.blocks {
-                    arriving.remove(&block.name.sequence);
-                }
                 let moved = |outcome: &&BlockOutcome| **outcome == BlockOutcome::Moved;
                 let written = outcomes.iter().filter(moved).count();
                 self.dropped(Dropped::Failed, outcomes.len() - written);

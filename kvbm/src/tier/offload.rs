@@ -9,7 +9,7 @@ use super::{
     moves::{MoveKind, MoveSpec, MovedBlock},
     queue::PRIORITY_DEFAULT,
     stats::Dropped,
-    tiers::Tiers,
+    tiers::{Rank, Tiers},
 };
 
 impl Tiers {
@@ -65,7 +65,6 @@ impl Tiers {
             let mut blocks = Vec::with_capacity(sources.len());
             for (source, target) in sources.iter().zip(&targets) {
                 let name = source.name();
-                self.arriving_host.insert(name.sequence);
                 blocks.push(MovedBlock {
                     from: source.id().0,
                     to: target.id().0,
@@ -99,25 +98,36 @@ impl Tiers {
         room: usize,
     ) -> Option<(usize, u32, Vec<TokenBlock>)> {
         let mut batch: Option<(usize, u32)> = None;
-        let mut names = Vec::new();
+        let mut names: Vec<TokenBlock> = Vec::new();
         let mut late = 0;
         let max = room.min(self.batch_max());
-        loop {
+        while names.len() < max {
             let ranks = &self.ranks;
             let accept = |rank: usize, priority: u32| {
-                names.len() < max
-                    && ranks[rank].held + names.len() < ranks[rank].held_max
+                ranks[rank].held + names.len() < ranks[rank].held_max
                     && batch.is_none_or(|batch| batch == (rank, priority))
             };
-            let Some(next) = self.offloads.pop(accept) else {
+            let room = |rank: &Rank| rank.held_max - rank.held;
+            // Before the rank is known, what every one of those that have room may hold.
+            let left = match batch {
+                Some((rank, _)) => room(&ranks[rank]).saturating_sub(names.len()),
+                None => ranks
+                    .iter()
+                    .map(room)
+                    .filter(|room| *room > 0)
+                    .min()
+                    .unwrap_or(1),
+            };
+            let Some(next) = self.offloads.take(left.min(max - names.len()), accept) else {
                 break;
             };
             if now.saturating_sub(next.since) > self.config.queues.offload_time {
-                late += 1;
-            } else if !self.arriving_host.contains(&next.item.sequence) {
-                batch = Some((next.rank, next.priority));
-                names.push(next.item);
+                late += next.items.len();
+                continue;
             }
+            batch = Some((next.rank, next.priority));
+            let new = next.items.into_iter();
+            names.extend(new.filter(|name| !self.arriving(MoveKind::into_host, name.sequence)));
         }
         self.dropped(Dropped::Late, late);
         batch.map(|(rank, priority)| (rank, priority, names))

@@ -331,7 +331,6 @@ impl Tiers {
                 parent: read.parent,
             });
             sources.extend(source);
-            self.arriving_host.insert(read.name.sequence);
         }
         let flight = Flight {
             kind,

@@ -22,14 +22,14 @@ struct Run<T> {
     items: std::vec::IntoIter<T>,
 }
 
-/// A block whose turn it is.
+/// Blocks whose turn it is, of one run.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Next<T> {
     pub(super) rank: usize,
     pub(super) priority: u32,
-    /// When it was queued.
+    /// When they were queued.
     pub(super) since: Duration,
-    pub(super) item: T,
+    pub(super) items: Vec<T>,
 }
 
 impl<T> RunQueue<T> {
@@ -77,8 +77,12 @@ impl<T> RunQueue<T> {
         over
     }
 
-    /// Takes the next block of the first run whose rank and priority are accepted.
-    pub(super) fn pop(&mut self, accept: impl Fn(usize, u32) -> bool) -> Option<Next<T>> {
+    /// Takes up to `max` blocks, at least 1, of the first run whose rank and priority are accepted.
+    pub(super) fn take(
+        &mut self,
+        max: usize,
+        accept: impl Fn(usize, u32) -> bool,
+    ) -> Option<Next<T>> {
         let accepted =
             |((priority, _), run): &(&(Reverse<u32>, u64), &Run<T>)| accept(run.rank, priority.0);
         let key = *self.runs.iter().find(accepted)?.0;
@@ -87,9 +91,9 @@ impl<T> RunQueue<T> {
             rank: run.rank,
             priority: key.0.0,
             since: run.since,
-            item: run.items.next()?,
+            items: run.items.by_ref().take(max.max(1)).collect(),
         };
-        self.len -= 1;
+        self.len -= next.items.len();
         if run.items.len() == 0 {
             self.runs.remove(&key);
         }
@@ -118,7 +122,9 @@ mod tests {
     const NOW: Duration = Duration::ZERO;
 
     fn drain(queue: &mut RunQueue<char>) -> String {
-        std::iter::from_fn(|| queue.pop(|_, _| true).map(|next| next.item)).collect()
+        std::iter::from_fn(|| queue.take(2, |_, _| true))
+            .flat_map(|next| next.items)
+            .collect()
     }
 
     #[test]
@@ -142,9 +148,9 @@ mod tests {
         queue.push(NOW, 0, 50, vec!['a']);
         queue.push(NOW, 1, 40, vec!['b']);
         let second = |rank: usize, _| rank == 1;
-        let next = queue.pop(second).unwrap();
-        assert_eq!((next.rank, next.priority, next.item), (1, 40, 'b'));
-        assert_eq!(queue.pop(second), None);
+        let next = queue.take(9, second).unwrap();
+        assert_eq!((next.rank, next.priority, next.items), (1, 40, vec!['b']));
+        assert_eq!(queue.take(9, second), None);
         assert_eq!(queue.len(), 1);
     }
 }

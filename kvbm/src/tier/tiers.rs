@@ -1,7 +1,7 @@
 //! The books of all tiers: what is where, what is being moved, and what is moved next.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashMap, VecDeque},
     fmt,
     hash::BuildHasherDefault,
     sync::Arc,
@@ -111,10 +111,6 @@ pub struct Tiers {
     pub(super) remote: Option<Remote>,
     /// Blocks of G1 that are to go to G2, by their names: they are held when their turn comes.
     pub(super) offloads: RunQueue<TokenBlock>,
-    /// Names of blocks that are being copied into each tier.
-    pub(super) arriving_host: NameSet,
-    pub(super) arriving_disk: NameSet,
-    pub(super) arriving_remote: NameSet,
     pub(super) onboards: Slots<Onboard>,
     /// Onboards with blocks to copy into G1, oldest first.
     pub(super) loading: VecDeque<u64>,
@@ -143,7 +139,6 @@ pub(super) struct Rank {
     pub(super) held_max: usize,
 }
 
-pub(super) type NameSet = HashSet<SequenceHash, BuildHasherDefault<HashIsUniform>>;
 pub(super) type NameMap<T> = HashMap<SequenceHash, T, BuildHasherDefault<HashIsUniform>>;
 
 /// Share of a G1 that may be held for being copied away: one in this many blocks.
@@ -181,9 +176,6 @@ impl Tiers {
             disk,
             remote,
             offloads: RunQueue::new(queue_max),
-            arriving_host: NameSet::default(),
-            arriving_disk: NameSet::default(),
-            arriving_remote: NameSet::default(),
             onboards: Slots::new(),
             loading: VecDeque::new(),
             reads: Slots::new(),
@@ -439,6 +431,12 @@ impl Tiers {
 
     pub(super) const fn batch_max(&self) -> usize {
         self.config.queues.batch_blocks as usize
+    }
+
+    /// Whether a block is being copied by a move of these kinds.
+    pub(super) fn arriving(&self, kind: impl Fn(MoveKind) -> bool, name: SequenceHash) -> bool {
+        let mut flights = self.flights.iter().filter(|(_, flight)| kind(flight.kind));
+        flights.any(|(_, flight)| flight.blocks.iter().any(|b| b.name.sequence == name))
     }
 
     /// Takes up to `wanted` blocks of G2 to fill, evicting others.

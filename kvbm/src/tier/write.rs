@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
-use blockplane_protocol::{DpRank, Tier, TokenBlock};
+use blockplane_protocol::{DpRank, SequenceHash, Tier, TokenBlock};
 
 use super::{
     config::{DiskConfig, RemoteConfig, TierConfigError},
@@ -53,6 +53,15 @@ pub(super) enum Queued {
 
 /// Share of the slots that are set aside for wrong contents: one in this many.
 const WRONG_SHARE: usize = 64;
+
+impl Queued {
+    fn name(&self) -> SequenceHash {
+        match self {
+            Self::Named(name) => name.sequence,
+            Self::Held(block) => block.hash(),
+        }
+    }
+}
 
 impl Disk {
     pub(super) fn new(
@@ -216,13 +225,20 @@ impl Tiers {
                 return None;
             }
             let taken = victims.len();
-            let disk = self.disk.as_mut()?;
             let names: Vec<TokenBlock> = victims.iter().map(ImmutableBlock::name).collect();
+            let moving = names
+                .iter()
+                .map(|name| self.arriving(is_write, name.sequence));
+            let moving: Vec<bool> = moving.collect();
+            let disk = self.disk.as_mut()?;
             let here = disk.pool.contains_each(sequences(&names));
+            let here = here
+                .into_iter()
+                .zip(moving)
+                .map(|(here, moving)| here || moving);
             let mut sources = Vec::with_capacity(taken);
             for ((victim, name), here) in victims.into_iter().zip(names).zip(here) {
                 if !here
-                    && !self.arriving_disk.contains(&name.sequence)
                     && disk.admits(now, name, Offer::Evicting)
                     && disk.budget.take(now, self.block_bytes)
                 {
@@ -282,31 +298,33 @@ impl Tiers {
         let max = self.batch_max();
         let time = self.config.queues.offload_time;
         while named.len() + held.len() < max {
+            let left = max - named.len() - held.len();
             let next = match tier {
                 Tier::Remote => self.remote.as_mut().map(|remote| &mut remote.writes),
                 _ => self.disk.as_mut().map(|disk| &mut disk.writes),
             };
-            let Some(next) = next.and_then(|queue| queue.pop(|_, _| true)) else {
+            let Some(next) = next.and_then(|queue| queue.take(left, |_, _| true)) else {
                 break;
             };
-            let name = match &next.item {
-                Queued::Named(name) => name.sequence,
-                Queued::Held(block) => block.hash(),
-            };
-            let there = match tier {
-                Tier::Remote => {
-                    let known = self.remote.as_ref().is_some_and(|r| r.index.contains(name));
-                    known || self.arriving_remote.contains(&name)
-                }
-                _ => {
-                    let known = self.disk.as_ref().is_some_and(|d| d.pool.contains(name));
-                    known || self.arriving_disk.contains(&name)
-                }
-            };
             if now.saturating_sub(next.since) > time {
-                late += 1;
-            } else if !there {
-                match next.item {
+                late += next.items.len();
+                continue;
+            }
+            let there = match (&self.disk, &self.remote) {
+                (_, Some(remote)) if tier == Tier::Remote => next
+                    .items
+                    .iter()
+                    .map(|item| remote.index.contains(item.name()))
+                    .collect(),
+                (Some(disk), _) => disk.pool.contains_each(next.items.iter().map(Queued::name)),
+                _ => Vec::new(),
+            };
+            for (item, there) in next.items.into_iter().zip(there) {
+                let moving = |kind: MoveKind| kind.tier() == tier && !kind.into_host();
+                if there || self.arriving(moving, item.name()) {
+                    continue;
+                }
+                match item {
                     Queued::Named(name) if !named.contains(&name) => named.push(name),
                     Queued::Named(_) => {}
                     Queued::Held(block) => held.push(block),
@@ -334,8 +352,6 @@ impl Tiers {
         let blocks = sources.iter().zip(&targets);
         let blocks = blocks.map(|(source, target)| moved_block(source, target.id().0));
         let blocks: Vec<MovedBlock> = blocks.collect();
-        let names = blocks.iter().map(|block| block.name.sequence);
-        self.arriving_disk.extend(names);
         let flight = Flight {
             kind: MoveKind::HostToDisk,
             rank: DpRank::default(),
@@ -354,8 +370,6 @@ impl Tiers {
     fn write_to_remote(&mut self, now: Duration, sources: Vec<ImmutableBlock>) -> MoveSpec {
         let blocks = sources.iter().map(|source| moved_block(source, u32::MAX));
         let blocks: Vec<MovedBlock> = blocks.collect();
-        let names = blocks.iter().map(|block| block.name.sequence);
-        self.arriving_remote.extend(names);
         let flight = Flight {
             kind: MoveKind::HostToRemote,
             rank: DpRank::default(),
@@ -403,6 +417,10 @@ impl Tiers {
     fn room_ahead(&self, host_blocks: usize) -> usize {
         (2 * self.batch_max()).min(host_blocks / 8).max(1)
     }
+}
+
+fn is_write(kind: MoveKind) -> bool {
+    kind == MoveKind::HostToDisk
 }
 
 fn moved_block(source: &ImmutableBlock, to: u32) -> MovedBlock {
