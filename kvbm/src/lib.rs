@@ -65,6 +65,8 @@ pub mod fingerprint;
 pub mod groups;
 pub mod pool;
 #[cfg(not(loom))]
+pub mod ranks;
+#[cfg(not(loom))]
 pub mod remote;
 #[cfg(not(loom))]
 pub mod settings;
@@ -88,6 +90,8 @@ pub use evict::{EvictionKind, EvictionPolicy, Lineage, Lru, MultiLru, S3Fifo};
 #[cfg(not(loom))]
 pub use fingerprint::Fingerprint;
 pub use pool::{BlockPool, PoolBuilder, PoolConfig, PoolExhausted, PoolStats};
+#[cfg(not(loom))]
+pub use ranks::{RankShape, RankWorker, RankedMover};
 #[cfg(not(loom))]
 pub use remote::{ObjectTier, ObjectTierConfig};
 #[cfg(not(loom))]

@@ -1,5 +1,11 @@
 //! The object tier over folders and memory: bytes, faults, deadlines.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "tests: a panic is the report, and numbers are small"
+)]
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -135,9 +141,12 @@ fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let until = Instant::now() + TIME;
     while !done() {
         assert!(Instant::now() < until, "never: {what}");
-        std::thread::sleep(Duration::from_millis(2));
+        std::thread::park_timeout(Duration::from_millis(2));
     }
 }
+
+/// What happens to the bytes of an object.
+type Damage = Box<dyn Fn(&mut Vec<u8>)>;
 
 /// Files below a folder.
 fn files(folder: &Path) -> Vec<PathBuf> {
@@ -221,7 +230,7 @@ fn a_bad_object_is_a_miss_and_is_written_anew() {
     let names = names(2);
     let whole = 128 + world.block_bytes();
     // A bit of each part of the header, and of the payload; cut short, too long, empty.
-    let mut faults: Vec<(&str, Box<dyn Fn(&mut Vec<u8>)>)> = vec![
+    let mut faults: Vec<(&str, Damage)> = vec![
         ("short", Box::new(|bytes| bytes.truncate(bytes.len() - 1))),
         ("long", Box::new(|bytes| bytes.push(0))),
         ("empty", Box::new(Vec::clear)),
