@@ -5,7 +5,7 @@
 //! promise is small: [`SlotStore::read`] either puts the bytes into memory that were written under
 //! that name, or says that it did not. It keeps it whatever happened to the process, the machine or
 //! the disk in between, because every read is checked against a checksum that binds the bytes to
-//! their name, generation and [`Fingerprint`].
+//! their name, generation and [`Fingerprint`](crate::Fingerprint).
 //!
 //! Writes are not forced out one by one: KV is a cache. After `kill -9` of the process everything that
 //! [`SlotStore::write`] reported is there; after a power loss everything before the last
