@@ -2,18 +2,25 @@
 //!
 //! One list ([`SETTINGS`]) says all names, units, defaults and forms. [`resolve`] makes
 //! [`KvbmSettings`] of it from a file, variables and flags, later ones winning, and reports all that
-//! is wrong at once. Nothing here reads the environment or looks at the machine: the caller hands
+//! is wrong at once. [`KvbmSettings::sizes`] says what they come to, [`KvbmSettings::check`] what is
+//! wrong with that on a machine, [`Report`] shows it. Nothing here reads the environment or looks at the machine: the caller hands
 //! over both.
 
+mod check;
 mod form;
 mod names;
+mod report;
 mod resolve;
+mod sizes;
 mod table;
 
 use std::fmt;
 
+pub use check::{Finding, Folder, HostFacts, Severity};
 pub use form::{ConsolidatorMode, DiskAllocator, Plain, Secret};
+pub use report::{Report, Row};
 pub use resolve::{FileValue, FileValues, KvbmFile, KvbmFlags, KvbmTable, SettingError, resolve};
+pub use sizes::Sizes;
 pub use table::{Described, KvbmSettings, PREFIX, SETTINGS, Shape};
 
 /// A value, and where it comes from.

@@ -21,12 +21,15 @@ pub(super) const WITHOUT_EFFECT: &[(&str, &str)] = &[
     ),
     (
         "DYN_KVBM_ENABLE_NUMA",
-        "it is deprecated in KVBM too: memory lies near the threads and devices that use it where the \
-         system allows it",
+        "it is deprecated in KVBM too: pinned memory is taken from the NUMA node next to its device",
+    ),
+    (
+        "DYN_KVBM_DISABLE_WRITE_COMBINED",
+        "G2 is never write-combined: checksums read it, and such memory is slow to read",
     ),
     (
         "DYN_MEMORY_DISABLE_NUMA",
-        "memory is placed by the system and by pinning, and there is no NUMA policy to turn off",
+        "pinned memory is always taken from the NUMA node next to its device",
     ),
     (
         "DYN_KVBM_G3PB_ADMISSION_POLICY",

@@ -342,7 +342,7 @@ mod tests {
             .notes
             .iter()
             .filter(|note| note.contains("has no effect"));
-        assert_eq!(without_effect.count(), 9, "{:#?}", settings.notes);
+        assert_eq!(without_effect.count(), 10, "{:#?}", settings.notes);
     }
 
     #[test]

@@ -7,7 +7,11 @@ use super::{
     Origin, Setting,
     form::{self, ConsolidatorMode, DiskAllocator, Plain, Secret, Shown},
 };
-use crate::{admit::AdmissionKind, evict::EvictionKind};
+use crate::{
+    admit::AdmissionKind,
+    evict::EvictionKind,
+    tier::{DiskConfig, TierConfig},
+};
 
 /// What every setting's variable begins with.
 pub const PREFIX: &str = "DYN_KVBM_";
@@ -132,9 +136,9 @@ settings! {
     /// Which block of G1 is overwritten first: lru, multi-lru, s3-fifo, lineage.
     Value device_eviction: EvictionKind = EvictionKind::Lru, "", form::eviction;
     /// Which block of G2 is overwritten first.
-    Value host_eviction: EvictionKind = EvictionKind::Lru, "", form::eviction;
+    Value host_eviction: EvictionKind = TierConfig::default().host_eviction, "", form::eviction;
     /// Which block of G3 is overwritten first.
-    Value disk_eviction: EvictionKind = EvictionKind::Lru, "", form::eviction;
+    Value disk_eviction: EvictionKind = DiskConfig::new(1).eviction, "", form::eviction;
     /// Which blocks are written to G3: tail-N (of requests with at most N new tokens), frequency (KVBM's filter), frequency+hits, seen-K (as in seen-2),
     /// on-evict, all, none.
     Value g3_admission: AdmissionKind = AdmissionKind::default(), "", form::admission;
@@ -165,8 +169,6 @@ settings! {
     /// Time for one transfer towards G1; what is not there then is computed.
     Value onboard_timeout_ms: u64 = 5_000, "ms", form::count::<u64, 1, 3_600_000>;
 
-    /// Do not use write-combined memory for G2.
-    Switch disable_write_combined: bool = false, "", form::switch;
     /// Time for all ranks of a worker to find each other at start.
     Value leader_worker_init_timeout_secs: u64 = 1_800, "s", form::count::<u64, 1, 86_400>;
     /// Address at which the leader of a worker's ranks listens.

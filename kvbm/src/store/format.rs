@@ -97,6 +97,13 @@ impl Geometry {
     }
 }
 
+/// Length of a file with room for `slots` blocks of `block_bytes` bytes; `None` when it would have none
+/// that can be expressed.
+#[must_use]
+pub fn file_bytes(slots: u32, block_bytes: u64) -> Option<u64> {
+    Geometry::new(slots, block_bytes).map(|geometry| geometry.length(slots))
+}
+
 /// What a store says of itself. Two copies, written in turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Superblock {

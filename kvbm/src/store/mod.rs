@@ -49,6 +49,7 @@ pub use config::{
     FILES_PER_FOLDER, Holder, Recovery, SlotStoreConfig, StoreError, StoreHealth, StoreLocation,
     WearRecord,
 };
+pub use format::file_bytes;
 pub use report::{
     BlockOutcome, Invalid, Pending, RecoveredSlot, SlotRead, SlotWrite, StoreMemory, StoreReport,
 };
