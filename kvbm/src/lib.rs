@@ -63,6 +63,8 @@ pub mod evict;
 pub mod fingerprint;
 #[cfg(not(loom))]
 pub mod groups;
+#[cfg(not(loom))]
+pub mod metrics;
 pub mod pool;
 #[cfg(not(loom))]
 pub mod ranks;

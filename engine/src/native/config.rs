@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use blockplane_kvbm::{EventHub, tier::TierManager};
+use blockplane_kvbm::{EventHub, metrics::Observation, tier::TierManager};
 use blockplane_protocol::{KvLayout, WorkerRole};
 use blockplane_transfer::Agent;
 
@@ -38,6 +38,8 @@ pub struct NativeConfig {
     /// The tiers below the pools, which all ranks share. Used if `prefix_caching` is on. Default
     /// none.
     pub tiers: Option<TierHandle>,
+    /// Is told of every request and what was found of it. Default nobody.
+    pub watch: Option<Arc<Observation>>,
 }
 
 /// The tiers below the pools of an engine.
@@ -74,6 +76,7 @@ impl NativeConfig {
             prefix_caching: true,
             kv_events_max: 65_536,
             tiers: None,
+            watch: None,
             step_timeout: Duration::from_secs(60),
             handoff: None,
         }

@@ -337,7 +337,9 @@ fn rank_memory(
         reason: error.to_string(),
     })?;
     let live_max = live_max(&config.scheduler);
-    Ok(Arc::new(RankShared::new(rank, pool, hub, arena, live_max)))
+    let mut shared = RankShared::new(rank, pool, hub, arena, live_max);
+    shared.watch.clone_from(&config.watch);
+    Ok(Arc::new(shared))
 }
 
 /// Puts a rank above the tiers of the configuration.

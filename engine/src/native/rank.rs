@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use blockplane_kvbm::metrics::RequestHits;
 use blockplane_protocol::{
     ErrorKind, FinishReason, GenerateError, GenerateRequest, LoadReport, TokenId, TokenOutput,
     Usage,
@@ -294,6 +295,27 @@ impl Rank {
             totals.cached_remote_tokens_total += u64::from(usage.cached_remote_tokens);
         }
         let sequence = self.scheduler.sequence(id).expect("just admitted");
+        if let Some(watch) = self.shared.watch.as_ref().filter(|_| !again) {
+            let usage = &entry.usage;
+            let blocks = |tokens: u32| tokens / block_tokens;
+            let (host, disk, remote) = (
+                blocks(usage.cached_host_tokens),
+                blocks(usage.cached_disk_tokens),
+                blocks(usage.cached_remote_tokens),
+            );
+            let prompt = sequence.prompt_tokens();
+            let full = prompt / block_tokens as usize;
+            let hits = RequestHits {
+                blocks: count(full),
+                device: blocks(usage.cached_tokens).saturating_sub(host + disk + remote),
+                host,
+                disk,
+                remote,
+                block_tokens,
+            };
+            let names = sequence.token_sequence().blocks();
+            watch.request(&names[..full.min(names.len())], count(prompt), hits);
+        }
         let Some(handoff) = &self.handoff else {
             return;
         };

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blockplane_kvbm::{BlockPool, EventHub, KvArena};
+use blockplane_kvbm::{BlockPool, EventHub, KvArena, metrics::Observation};
 use blockplane_protocol::{DpRank, LoadReport};
 use parking_lot::Mutex;
 
@@ -26,6 +26,8 @@ pub(crate) struct RankShared {
     pub(crate) arena: Arc<KvArena>,
     /// KV sent to and received from other workers.
     pub(crate) transferred: Transferred,
+    /// Is told of every request.
+    pub(crate) watch: Option<Arc<Observation>>,
     /// Zero of the clock that the scheduler is given.
     started: Instant,
     live: AtomicUsize,
@@ -64,6 +66,7 @@ impl RankShared {
             hub,
             arena,
             transferred: Transferred::default(),
+            watch: None,
             started: Instant::now(),
             live: AtomicUsize::new(0),
             live_max,

@@ -407,6 +407,8 @@ mod tests {
             .collect()
     }
 
+    type Given<'a> = &'a [(&'static str, &'a str)];
+
     const BOTH: [(&str, &str); 2] = [("cpu_cache_gb", "10"), ("disk_cache_gb", "100")];
 
     #[test]
@@ -428,7 +430,7 @@ mod tests {
             facts
         };
         let device = [BOTH[0], BOTH[1], ("disk_device", "/dev/x")];
-        let cases: Vec<(&[(&'static str, &str)], HostFacts, Severity, &str)> = vec![
+        let cases: Vec<(Given<'_>, HostFacts, Severity, &str)> = vec![
             (
                 &BOTH,
                 with(|f| f.memory_available = Some(4 * GB)),

@@ -12,7 +12,7 @@ pub(super) const ALIASES: &[(&str, &str)] = &[
 pub(super) const WITHOUT_EFFECT: &[(&str, &str)] = &[
     (
         "DYN_KVBM_NCCL_MLA_MODE",
-        "ranks with the same KV share one G2 and G3 without NCCL",
+        "it is a mode of KVBM's TensorRT-LLM worker, and no block moves over NCCL here",
     ),
     ("DYN_KVBM_NCCL_MAX_CTAS", "no block moves over NCCL"),
     (

@@ -632,4 +632,25 @@ mod tests {
             assert_eq!(same, value, "{}", setting.key);
         }
     }
+    /// What the documents say is what there is.
+    #[test]
+    fn every_setting_is_documented_with_its_default() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/kvbm-settings.md");
+        let text = std::fs::read_to_string(path).unwrap();
+        for (setting, default, _) in KvbmSettings::default().values() {
+            let row = format!(
+                "| `{}` | {default} | {} |",
+                setting.variable(),
+                setting.unit
+            );
+            assert!(text.contains(&row), "{path} has no row {row}");
+        }
+        let others = WITHOUT_EFFECT.iter().chain(ALIASES);
+        for (name, _) in others {
+            assert!(
+                text.contains(&format!("`{name}`")),
+                "{path} does not name {name}"
+            );
+        }
+    }
 }

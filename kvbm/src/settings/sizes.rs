@@ -104,7 +104,7 @@ impl KvbmSettings {
             budget: self.write_budget(sizes),
             ..DiskConfig::new(sizes.disk_blocks)
         });
-        let remote = (sizes.object_blocks > 0).then(|| RemoteConfig {
+        let remote = (sizes.object_blocks > 0).then_some(RemoteConfig {
             write_through: self.object_write_through.value,
         });
         Some(TierConfig {

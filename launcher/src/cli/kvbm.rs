@@ -4,7 +4,7 @@
 use std::sync::LazyLock;
 
 use blockplane_kvbm::settings::{
-    Described, KvbmFile, KvbmFlags, KvbmSettings, KvbmTable, SETTINGS, Shape, resolve,
+    Described, KvbmFile, KvbmFlags, KvbmSettings, KvbmTable, SETTINGS, SettingError, Shape, resolve,
 };
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, error::Error};
 
@@ -24,7 +24,20 @@ impl KvbmArgs {
     /// # Errors
     /// Everything that is wrong with them, a line each.
     pub(crate) fn settings(&self) -> anyhow::Result<KvbmSettings> {
-        settings_from(variables(), &self.file, &self.flags)
+        self.resolve(None).map_err(|errors| one_message(&errors))
+    }
+
+    /// The same with the tables of a file besides those that were handed over.
+    ///
+    /// # Errors
+    /// Everything that is wrong with them.
+    pub(crate) fn resolve(
+        &self,
+        file: Option<&KvbmFile>,
+    ) -> Result<KvbmSettings, Vec<SettingError>> {
+        let tables = file.iter().flat_map(|file| &file.0).chain(&self.file.0);
+        let file = KvbmFile(tables.cloned().collect());
+        resolve(variables(), Some(&file), &self.flags)
     }
 
     /// The same without variables, so that a test does not depend on where it runs.
@@ -44,10 +57,19 @@ fn settings_from(
     file: &KvbmFile,
     flags: &KvbmFlags,
 ) -> anyhow::Result<KvbmSettings> {
-    resolve(variables, Some(file), flags).map_err(|errors| {
-        let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
-        anyhow::anyhow!("settings of the KV tiers:\n  {}", lines.join("\n  "))
-    })
+    resolve(variables, Some(file), flags).map_err(|errors| one_message(&errors))
+}
+
+fn one_message(errors: &[SettingError]) -> anyhow::Error {
+    let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    anyhow::anyhow!(
+        "settings of the KV tiers:
+  {}",
+        lines.join(
+            "
+  "
+        )
+    )
 }
 
 /// The environment as text; what is not text cannot be a name or a value of ours.
