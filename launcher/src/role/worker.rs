@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::{Context, ensure};
 use blockplane_engine::Engine;
+use blockplane_kvbm::KvbmSettings;
 use blockplane_protocol::{EndpointId, ModelCard, WorkerId, WorkerRole};
 use blockplane_runtime::{
     discovery::{Discovery, FileDiscovery, FileDiscoveryConfig, Instance},
@@ -26,21 +27,26 @@ use crate::{
         descriptor::{GENERATE, WorkerDescriptor},
         engines, handlers,
         prefill::RpcPrefill,
+        tiers,
     },
 };
 
+/// Time for copies to lower tiers to end on shutdown, after the requests have.
+const TIERS_STOP: Duration = Duration::from_secs(2);
+
 /// Runs a worker until it is told to stop.
 pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<ExitCode> {
-    for note in args.kvbm.settings()?.notes {
+    let kvbm = args.kvbm.settings()?;
+    for note in &kvbm.notes {
         tracing::warn!("{note}");
     }
     let runtime = runtime()?;
-    let outcome = runtime.block_on(serve(args));
+    let outcome = runtime.block_on(serve(args, kvbm));
     finish(runtime);
     outcome.map(|()| ExitCode::SUCCESS)
 }
 
-async fn serve(args: WorkerArgs) -> anyhow::Result<()> {
+async fn serve(args: WorkerArgs, kvbm: KvbmSettings) -> anyhow::Result<()> {
     let reporter = Reporter::start(args.exit_with_parent);
     let stop = stop_requested(args.exit_with_parent);
     tokio::pin!(stop);
@@ -70,17 +76,18 @@ async fn serve(args: WorkerArgs) -> anyhow::Result<()> {
             agent,
             remote,
             runtime: tokio::runtime::Handle::current(),
+            kvbm,
         };
-        let engine = tokio::task::spawn_blocking(move || engines::start(&settings))
+        let (engine, tiers) = tokio::task::spawn_blocking(move || engines::start(&settings))
             .await
             .context("starting the engine failed")??;
         let server = RpcServer::bind(bind_address(&args.host)?, RpcServerConfig::default()).await?;
         handlers::serve(&server, identity.id, &engine, &gate);
         let instance = identity.instance(&args, server.local_addr(), engine.as_ref())?;
         let lease = discovery.register(instance).await?;
-        anyhow::Ok((identity, discovery, engine, server, lease))
+        anyhow::Ok((identity, discovery, engine, tiers, server, lease))
     };
-    let (identity, _discovery, engine, server, lease) = tokio::select! {
+    let (identity, _discovery, engine, tiers, server, lease) = tokio::select! {
         started = started => started?,
         reason = &mut stop => {
             tracing::info!(reason = reason?, "stopped before it was ready");
@@ -106,6 +113,11 @@ async fn serve(args: WorkerArgs) -> anyhow::Result<()> {
     let teardown = async {
         engine.drain(Duration::ZERO).await;
         server.shutdown(Duration::ZERO).await;
+        if let Some(manager) = tiers {
+            let stop = move || tiers::stop(&manager, TIERS_STOP);
+            // It logs what it could not do.
+            let _ = tokio::task::spawn_blocking(stop).await;
+        }
     };
     let report = gate.run(plan, unregister, teardown).await;
     tracing::info!(

@@ -5,14 +5,16 @@ use std::{path::PathBuf, sync::Arc};
 use anyhow::{Context, ensure};
 use blockplane_engine::{
     Engine, HandoffConfig, NativeConfig, NativeEngine, PoolSize, RemotePrefill, SchedulerConfig,
+    TierHandle,
     mock::{MockConfig, MockEngine, MockModel, MockTiming},
     model::{LoadOptions, Model, ModelConfig},
     ops::Compute,
 };
-use blockplane_protocol::WorkerRole;
+use blockplane_kvbm::{KvbmSettings, tier::TierManager};
+use blockplane_protocol::{KvLayout, WorkerRole};
 use blockplane_transfer::Agent;
 
-use super::prefill::RpcPrefill;
+use super::{prefill::RpcPrefill, tiers};
 use crate::cli::{ComputeArg, EngineArg, WorkerArgs};
 
 /// Everything an engine is made of.
@@ -27,17 +29,22 @@ pub(crate) struct Settings {
     pub(crate) remote: Option<Arc<RpcPrefill>>,
     /// Where the hand-offs run.
     pub(crate) runtime: tokio::runtime::Handle,
+    /// The tiers below the pools.
+    pub(crate) kvbm: KvbmSettings,
 }
 
+/// An engine, and the tiers below its pools.
+pub(crate) type Started = (Arc<dyn Engine>, Option<Arc<TierManager>>);
+
 /// Starts the engine. Takes as long as loading the weights does.
-pub(crate) fn start(settings: &Settings) -> anyhow::Result<Arc<dyn Engine>> {
+pub(crate) fn start(settings: &Settings) -> anyhow::Result<Started> {
     match settings.args.engine {
         EngineArg::Native => native(settings),
         EngineArg::Mock => mock(settings),
     }
 }
 
-fn native(settings: &Settings) -> anyhow::Result<Arc<dyn Engine>> {
+fn native(settings: &Settings) -> anyhow::Result<Started> {
     let args = &settings.args;
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let threads = args.threads.unwrap_or(cores);
@@ -51,26 +58,44 @@ fn native(settings: &Settings) -> anyhow::Result<Arc<dyn Engine>> {
     options.cpu.isa = args.isa;
     let model = Model::load(&settings.model_dir, &options)
         .with_context(|| format!("the model in {dir} cannot be served"))?;
-    let engine = NativeEngine::start(&model, &engine_config(settings)?)
+    let mut config = engine_config(settings)?;
+    let fingerprint = model.kv_fingerprint(&config.model_name);
+    config.tiers = below(
+        settings,
+        &config,
+        model.kv_layout(args.block_size),
+        fingerprint,
+    )?;
+    let engine = NativeEngine::start(&model, &config)
         .with_context(|| format!("the engine for the model in {dir} cannot be started"))?;
-    Ok(engine)
+    Ok((engine, config.tiers.map(|tiers| tiers.manager)))
 }
 
 /// A timing model with the vocabulary of the checkpoint, so that its tokens are text.
-fn mock(settings: &Settings) -> anyhow::Result<Arc<dyn Engine>> {
+fn mock(settings: &Settings) -> anyhow::Result<Started> {
     let args = &settings.args;
     let dir = settings.model_dir.display();
     let parameters = ModelConfig::read(&settings.model_dir)
         .with_context(|| format!("the model in {dir} cannot be imitated"))?;
     let tokens = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    let model = MockModel {
+        vocab_size: tokens(parameters.vocab_size),
+        context_tokens_max: tokens(parameters.context_tokens_max),
+        eos_token_ids: parameters.eos_token_ids,
+        ..MockModel::default()
+    };
+    let mut engine = engine_config(settings)?;
+    let fingerprint = model.kv_fingerprint(&engine.model_name);
+    engine.tiers = below(
+        settings,
+        &engine,
+        model.kv_layout(args.block_size),
+        fingerprint,
+    )?;
+    let tiers = engine.tiers.clone();
     let config = MockConfig {
-        engine: engine_config(settings)?,
-        model: MockModel {
-            vocab_size: tokens(parameters.vocab_size),
-            context_tokens_max: tokens(parameters.context_tokens_max),
-            eos_token_ids: parameters.eos_token_ids,
-            ..MockModel::default()
-        },
+        engine,
+        model,
         timing: MockTiming {
             prefill_tokens_per_second: args.mock_prefill_tokens_per_s,
             decode_tokens_per_second: args.mock_decode_tokens_per_s,
@@ -79,7 +104,33 @@ fn mock(settings: &Settings) -> anyhow::Result<Arc<dyn Engine>> {
         },
     };
     let engine = MockEngine::start(config).context("the mock engine cannot be started")?;
-    Ok(Arc::new(engine))
+    Ok((Arc::new(engine), tiers.map(|tiers| tiers.manager)))
+}
+
+/// The tiers below the pools of such an engine.
+fn below(
+    settings: &Settings,
+    config: &NativeConfig,
+    layout: KvLayout,
+    fingerprint: u64,
+) -> anyhow::Result<Option<TierHandle>> {
+    let blocks = match config.pool {
+        PoolSize::Blocks(blocks) => Some(blocks.saturating_mul(config.dp_size)),
+        PoolSize::Bytes(_) => None,
+    };
+    let above = tiers::Above {
+        agent: config.agent.name().to_owned(),
+        layout,
+        fingerprint,
+        ranks: config.dp_size,
+        blocks,
+        events_max: config.kv_events_max,
+    };
+    let tiers = tiers::start(&settings.kvbm, &above)?;
+    if tiers.is_some() && !config.prefix_caching {
+        tracing::warn!("KV tiers: not used, because of --no-prefix-caching");
+    }
+    Ok(tiers)
 }
 
 /// What does not depend on the model.

@@ -8,3 +8,4 @@ pub(crate) mod prefill;
 pub(crate) mod service;
 #[cfg(test)]
 mod tests;
+pub(crate) mod tiers;
