@@ -11,7 +11,7 @@ use clap::Subcommand;
 
 pub(crate) use config::ConfigArgs;
 pub(crate) use facts::facts;
-pub(crate) use observe::{Observed, observe};
+pub(crate) use observe::observe;
 
 /// What can be done.
 #[derive(Debug, Subcommand)]

@@ -4,12 +4,13 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Context, ensure};
 use blockplane_engine::Engine;
-use blockplane_kvbm::KvbmSettings;
+use blockplane_kvbm::{KvbmSettings, metrics::Observation};
 use blockplane_protocol::{EndpointId, ModelCard, WorkerId, WorkerRole};
 use blockplane_runtime::{
     discovery::{Discovery, FileDiscovery, FileDiscoveryConfig, Instance},
@@ -22,6 +23,7 @@ use super::{Reporter, finish, runtime, stop_requested};
 use crate::{
     bundled,
     cli::{LaneArg, WorkerArgs},
+    kvbm::observe,
     supervise::Report,
     wiring::{
         descriptor::{GENERATE, WorkerDescriptor},
@@ -68,6 +70,8 @@ async fn serve(args: WorkerArgs, kvbm: KvbmSettings) -> anyhow::Result<()> {
             }
             WorkerRole::Aggregated | WorkerRole::Prefill => None,
         };
+        let told = kvbm.clone();
+        let observation = Observation::start(&told)?;
         let settings = engines::Settings {
             args: args.clone(),
             role: identity.role,
@@ -77,17 +81,19 @@ async fn serve(args: WorkerArgs, kvbm: KvbmSettings) -> anyhow::Result<()> {
             remote,
             runtime: tokio::runtime::Handle::current(),
             kvbm,
+            watch: Arc::clone(&observation),
         };
         let (engine, tiers) = tokio::task::spawn_blocking(move || engines::start(&settings))
             .await
             .context("starting the engine failed")??;
+        let observed = observe(&told, &observation, tiers.clone())?;
         let server = RpcServer::bind(bind_address(&args.host)?, RpcServerConfig::default()).await?;
         handlers::serve(&server, identity.id, &engine, &gate);
         let instance = identity.instance(&args, server.local_addr(), engine.as_ref())?;
         let lease = discovery.register(instance).await?;
-        anyhow::Ok((identity, discovery, engine, tiers, server, lease))
+        anyhow::Ok((identity, discovery, engine, tiers, observed, server, lease))
     };
-    let (identity, _discovery, engine, tiers, server, lease) = tokio::select! {
+    let (identity, _discovery, engine, tiers, _observed, server, lease) = tokio::select! {
         started = started => started?,
         reason = &mut stop => {
             tracing::info!(reason = reason?, "stopped before it was ready");

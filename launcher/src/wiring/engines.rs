@@ -10,7 +10,7 @@ use blockplane_engine::{
     model::{LoadOptions, Model, ModelConfig},
     ops::Compute,
 };
-use blockplane_kvbm::{KvbmSettings, tier::TierManager};
+use blockplane_kvbm::{KvbmSettings, metrics::Observation, tier::TierManager};
 use blockplane_protocol::{KvLayout, WorkerRole};
 use blockplane_transfer::Agent;
 
@@ -31,6 +31,8 @@ pub(crate) struct Settings {
     pub(crate) runtime: tokio::runtime::Handle,
     /// The tiers below the pools.
     pub(crate) kvbm: KvbmSettings,
+    /// Is told of every request.
+    pub(crate) watch: Arc<Observation>,
 }
 
 /// An engine, and the tiers below its pools.
@@ -148,6 +150,7 @@ fn engine_config(settings: &Settings) -> anyhow::Result<NativeConfig> {
         max_batch_tokens: args.max_num_batched_tokens,
         ..SchedulerConfig::default()
     };
+    config.watch = Some(Arc::clone(&settings.watch));
     config.handoff = handoff(settings);
     Ok(config)
 }

@@ -7,12 +7,14 @@ use blockplane_engine::TierHandle;
 use blockplane_kvbm::{
     ArenaPlace, Consolidation, EventHub, Fingerprint, KvbmSettings, SlotStore, SlotStoreConfig,
     TierConfig,
-    settings::{ConsolidatorMode, DiskAllocator, HostFacts, Severity, Sizes},
+    settings::{ConsolidatorMode, DiskAllocator, Severity, Sizes},
     store::{RecoveredSlot, StoreError, StoreLocation},
     tier::{TierManager, TierParts, host_arena},
 };
 use blockplane_protocol::{DpRank, KvLayout};
 use blockplane_transfer::{Agent, AgentConfig, DirectIo, Lane};
+
+use crate::kvbm::facts;
 
 /// What the tiers must know of the engine above them.
 #[derive(Clone, Debug)]
@@ -93,10 +95,8 @@ pub(crate) fn stop(manager: &TierManager, time: Duration) {
 
 /// Says what is odd about the settings; fails for what cannot work.
 fn check(settings: &KvbmSettings, sizes: &Sizes, above: &Above) -> anyhow::Result<()> {
-    let facts = HostFacts {
-        device_blocks: above.blocks,
-        ..HostFacts::default()
-    };
+    // G2 is not pinned: the engine has no device.
+    let facts = facts(settings, false, above.blocks);
     let mut errors = Vec::new();
     for finding in settings.check(sizes, &facts) {
         match finding.severity {
