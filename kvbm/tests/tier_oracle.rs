@@ -211,7 +211,8 @@ struct World {
     loading: BTreeMap<OnboardId, Loading>,
     running: Vec<MoveSpec>,
     unquiet: Vec<(MoveSpec, Vec<MovedBlock>)>,
-    wrong: usize,
+    /// Names that were taken away by force, or because what was stored was wrong.
+    gone: BTreeSet<SequenceHash>,
 }
 
 impl World {
@@ -278,7 +279,7 @@ impl World {
             loading: BTreeMap::new(),
             running: Vec::new(),
             unquiet: Vec::new(),
-            wrong: 0,
+            gone: BTreeSet::new(),
         }
     }
 
@@ -320,6 +321,7 @@ impl World {
             }
             Op::ForgetHost(path) => {
                 let name = names(path).pop().unwrap().sequence;
+                self.gone.insert(name);
                 self.host.forget(name);
             }
             Op::ForgetRemote(path) => {
@@ -441,8 +443,11 @@ impl World {
             })
             .collect();
         let quiet = !matches!(end, End::Unquiet);
-        let bad = |outcome: &&BlockOutcome| matches!(outcome, BlockOutcome::Invalid(_));
-        self.wrong += outcomes.iter().filter(bad).count();
+        for (block, outcome) in spec.blocks.iter().zip(&outcomes) {
+            if let BlockOutcome::Invalid(_) | BlockOutcome::Bad(_) = outcome {
+                self.gone.insert(block.name.sequence);
+            }
+        }
         self.tiers.moved(self.now, spec.id, outcomes, quiet);
         if !quiet {
             let blocks = spec.blocks.clone();
@@ -533,12 +538,14 @@ impl World {
         assert!(stats.onboards <= queues.onboard_requests_max as usize);
         for found in &self.found {
             for (tier, name) in &found.held {
-                match tier {
-                    Tier::Device => assert!(self.device[found.rank].contains(*name)),
-                    Tier::Disk => self.holds(self.disk.as_ref().unwrap(), *name),
-                    // A test operation forgets these by force.
-                    Tier::Host | Tier::Remote => {}
-                }
+                let pool = match tier {
+                    Tier::Device => Some(&self.device[found.rank]),
+                    Tier::Host => Some(&self.host),
+                    Tier::Disk => self.disk.as_ref(),
+                    Tier::Remote => None,
+                };
+                let there = pool.is_none_or(|pool| pool.contains(*name));
+                assert!(there || self.gone.contains(name), "a held block is gone");
             }
         }
         for path in all_paths() {
@@ -551,21 +558,6 @@ impl World {
                 check_contents(disk, &self.g3, name, &self.corrupt);
             }
         }
-    }
-
-    /// A block that a match holds is still there, unless it was found to be wrong.
-    fn holds(&self, pool: &BlockPool, name: SequenceHash) {
-        assert!(
-            pool.contains(name)
-                || self.wrong > 0
-                || self.tiers.stats().disk_bad_blocks > 0
-                || self.tiers.stats().invalid.disk > 0
-                || self.had_bad_reads()
-        );
-    }
-
-    fn had_bad_reads(&self) -> bool {
-        self.tiers.stats().of(MoveKind::DiskToHost).failed_blocks > 0
     }
 
     /// Lets everything end and looks for blocks that were lost.
