@@ -151,7 +151,7 @@ impl Bench {
     }
 
     /// Writes a batch, reads it back and compares.
-    pub(super) fn check(&mut self) -> anyhow::Result<()> {
+    pub(super) fn check(&self) -> anyhow::Result<()> {
         let mut random = SmallRng::seed_from_u64(self.case.seed);
         let slots = places(&self.case, 0, &mut random);
         let bytes = usize::try_from(u64::from(self.case.batch) * self.case.block_bytes)?;
