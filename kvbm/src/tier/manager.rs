@@ -553,6 +553,7 @@ impl Shared {
             books.tiers.quiet(shared.now(), id);
             drop(shared.tell(books));
             shared.work.notify_one();
+            shared.progress.notify_all();
         };
         // Few at a time: a tier with many moves that are not quiet gets no more. Without a thread
         // the blocks stay out of use.
