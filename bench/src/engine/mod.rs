@@ -7,6 +7,7 @@
 //! (A model that fits the caches can be faster.)
 
 mod bound;
+mod tiers;
 
 use std::{
     io::Write,
@@ -27,6 +28,7 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::{Map, Value, json};
 
 use self::bound::MemoryBound;
+pub use self::tiers::TierArgs;
 use crate::report::{Record, Report, Samples, Table, case};
 
 /// Options of `blockplane bench engine`.
@@ -71,6 +73,9 @@ pub struct EngineArgs {
     /// One JSON object a line instead of a table.
     #[arg(long)]
     pub json: bool,
+    /// The time to the first token by tier.
+    #[command(flatten)]
+    pub tiers: TierArgs,
 }
 
 /// Precision of weights, keys and values.
@@ -148,6 +153,11 @@ pub fn run_to<W: Write>(args: &EngineArgs, report: &mut Report<W>) -> anyhow::Re
         )?);
     }
     report.table(&table)?;
+    if let Some(dir) = &args.tiers.tiers_dir {
+        let model = Arc::clone(bench.executor.model());
+        drop(bench);
+        tiers::run(&args, dir, &model, report)?;
+    }
     Ok(())
 }
 
@@ -373,6 +383,7 @@ impl EngineArgs {
             ("--decode-steps", args.decode_steps),
             ("--decode-context", args.decode_context),
             ("--block-tokens", args.block_tokens),
+            ("--tiers-prompt", args.tiers.tiers_prompt),
         ];
         let lists = [("--prefill", &args.prefill), ("--decode", &args.decode)];
         let lists = lists

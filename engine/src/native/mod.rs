@@ -355,7 +355,10 @@ pub(crate) fn attach(
         rank: rank.rank.0,
         reason: error.to_string(),
     })?;
-    Ok(Some(Arc::new(ManagedTiers::new(tiers))))
+    Ok(Some(Arc::new(ManagedTiers::new(
+        tiers,
+        config.agent.clone(),
+    ))))
 }
 
 /// Most requests inside one rank.

@@ -7,6 +7,7 @@ use blockplane_kvbm::{
     tier::{OnboardTicket, Onboarded, RankTiers},
 };
 use blockplane_protocol::{BlockId, TokenBlock};
+use blockplane_transfer::Agent;
 
 use super::{
     below::{Below, Loaded, LoadedFrom, Loading, Lower},
@@ -16,7 +17,11 @@ use crate::scheduler::Found;
 
 /// The tiers below one rank.
 #[derive(Debug)]
-pub(crate) struct ManagedTiers(RankTiers);
+pub(crate) struct ManagedTiers {
+    tiers: RankTiers,
+    /// The pool is reached through it: the tiers lose the rank when it is gone.
+    _agent: Agent,
+}
 
 /// What was found in them for one sequence.
 struct Match {
@@ -25,18 +30,22 @@ struct Match {
 }
 
 impl ManagedTiers {
-    pub(crate) const fn new(tiers: RankTiers) -> Self {
-        Self(tiers)
+    /// `agent` is the one that registered the rank's pool.
+    pub(crate) const fn new(tiers: RankTiers, agent: Agent) -> Self {
+        Self {
+            tiers,
+            _agent: agent,
+        }
     }
 }
 
 impl Below for ManagedTiers {
     fn extend_prefix(&self, prefix: Vec<ImmutableBlock>, blocks: &[TokenBlock]) -> Found<KvPool> {
-        let mut found = self.0.extend(prefix, blocks);
+        let mut found = self.tiers.extend(prefix, blocks);
         let readable = found.take_device();
         let lower = (found.lower() > 0).then(|| {
             Box::new(Match {
-                tiers: self.0.clone(),
+                tiers: self.tiers.clone(),
                 found,
             }) as Box<dyn Lower>
         });
@@ -47,12 +56,12 @@ impl Below for ManagedTiers {
     }
 
     fn referenced(&self, blocks: &[TokenBlock]) {
-        self.0.referenced(blocks);
+        self.tiers.referenced(blocks);
     }
 
     fn offload(&self, blocks: &[TokenBlock]) {
         // Requests have no priority, so all of them are wanted.
-        self.0.offload(blocks, None);
+        self.tiers.offload(blocks, None);
     }
 }
 

@@ -10,4 +10,5 @@ mod launch;
 mod limits;
 mod modes;
 mod scale;
+mod tiers;
 mod up;
