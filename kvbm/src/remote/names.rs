@@ -14,6 +14,8 @@ pub(super) struct Names {
     /// Insertions, oldest first; those that are not in force any more are skipped.
     order: VecDeque<(SequenceHash, u64)>,
     next: u64,
+    /// Names removed since the listing that is under way began: what it says of them is old.
+    removed: Option<HashSet<SequenceHash>>,
 }
 
 impl Names {
@@ -23,6 +25,7 @@ impl Names {
             known: HashMap::new(),
             order: VecDeque::new(),
             next: 0,
+            removed: None,
         }
     }
 
@@ -58,22 +61,30 @@ impl Names {
 
     pub(super) fn remove(&mut self, name: SequenceHash) {
         self.known.remove(&name);
+        if let Some(removed) = &mut self.removed
+            && removed.len() < self.limit
+        {
+            removed.insert(name);
+        }
     }
 
-    /// A point in time for [`Names::replace`].
-    pub(super) const fn now(&self) -> u64 {
+    /// A listing begins; the point in time for [`Names::listed`].
+    pub(super) fn begin(&mut self) -> u64 {
+        self.removed = Some(HashSet::new());
         self.next
     }
 
-    /// Everything that the store had at `since`: other names that were known then are forgotten.
-    pub(super) fn replace(&mut self, listed: &HashSet<SequenceHash>, since: u64) {
-        self.known
-            .retain(|name, number| *number >= since || listed.contains(name));
-        self.extend(listed.iter().copied());
-    }
-
-    pub(super) fn extend(&mut self, listed: impl IntoIterator<Item = SequenceHash>) {
-        listed.into_iter().for_each(|name| self.insert(name));
+    /// The listing that began at `since` found these. If it is `complete`, other names that were
+    /// known then are forgotten.
+    pub(super) fn listed(&mut self, listed: &HashSet<SequenceHash>, since: u64, complete: bool) {
+        let removed = self.removed.take().unwrap_or_default();
+        if complete {
+            self.known
+                .retain(|name, number| *number >= since || listed.contains(name));
+        }
+        for name in listed.difference(&removed) {
+            self.insert(*name);
+        }
     }
 }
 
@@ -88,7 +99,7 @@ mod tests {
     #[test]
     fn the_oldest_is_forgotten() {
         let mut known = Names::new(3);
-        known.extend([1, 2, 3].map(SequenceHash));
+        [1, 2, 3].map(|name| known.insert(SequenceHash(name)));
         known.remove(SequenceHash(1));
         known.insert(SequenceHash(1));
         known.insert(SequenceHash(4));
@@ -115,13 +126,28 @@ mod tests {
     #[test]
     fn a_listing_does_not_undo_what_came_after_it() {
         let mut known = Names::new(10);
-        known.extend([1, 2].map(SequenceHash));
-        let since = known.now();
+        [1, 2].map(|name| known.insert(SequenceHash(name)));
+        let since = known.begin();
         known.insert(SequenceHash(3));
-        known.replace(&names([2, 5]), since);
+        known.remove(SequenceHash(6));
+        known.listed(&names([2, 5, 6]), since, true);
         assert!(!known.contains(SequenceHash(1)));
         assert!(
-            [2, 3, 5]
+            !known.contains(SequenceHash(6)),
+            "it went after it was listed"
+        );
+        let kept = [2, 3, 5];
+        assert!(kept.iter().all(|name| known.contains(SequenceHash(*name))));
+    }
+
+    #[test]
+    fn a_part_of_a_listing_takes_nothing_away() {
+        let mut known = Names::new(10);
+        known.insert(SequenceHash(1));
+        let since = known.begin();
+        known.listed(&names([2]), since, false);
+        assert!(
+            [1, 2]
                 .iter()
                 .all(|name| known.contains(SequenceHash(*name)))
         );

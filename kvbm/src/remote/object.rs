@@ -143,6 +143,7 @@ pub struct ObjectTier {
     bounce_layout: BlockLayout,
     slots: Slots,
     names: Mutex<Names>,
+    listing: Mutex<()>,
     counters: Counters,
     stop: Arc<Stop>,
 }
@@ -218,6 +219,7 @@ impl ObjectTier {
             bounce_layout,
             slots: Slots::new(config.bounce_blocks),
             names: Mutex::new(Names::new(config.names_max)),
+            listing: Mutex::default(),
             counters: Counters::default(),
             stop: Arc::default(),
         });
@@ -234,26 +236,25 @@ impl ObjectTier {
     /// # Errors
     /// The store refuses or does not answer within `list_time`. What was known stays.
     pub fn refresh(&self) -> Result<usize, StorageError> {
-        let since = self.names.lock().now();
+        // One at a time: the books remember what happens during one.
+        let _listing = self.listing.lock();
+        let since = self.names.lock().begin();
         let ObjectTierConfig {
             names_max,
             list_time,
             ..
         } = self.config;
         let listed = self.store.list(Some(&self.folder), names_max, list_time);
-        let listed = listed.inspect_err(|_| count(&self.counters.failed_listings))?;
+        let listed = listed.inspect_err(|_| {
+            self.names.lock().listed(&HashSet::new(), since, false);
+            count(&self.counters.failed_listings);
+        })?;
         let bytes = self.bounce_layout.run_bytes;
         let named = listed.objects.iter().filter(|(_, length)| *length == bytes);
         let named: HashSet<SequenceHash> = named
             .filter_map(|(key, _)| name_of(&self.folder, key))
             .collect();
-        let mut names = self.names.lock();
-        if listed.complete {
-            names.replace(&named, since);
-        } else {
-            names.extend(named.iter().copied());
-        }
-        drop(names);
+        self.names.lock().listed(&named, since, listed.complete);
         count(&self.counters.listings);
         Ok(named.len())
     }
