@@ -99,7 +99,9 @@ mod tests {
     #[test]
     fn the_oldest_is_forgotten() {
         let mut known = Names::new(3);
-        [1, 2, 3].map(|name| known.insert(SequenceHash(name)));
+        for name in [1, 2, 3] {
+            known.insert(SequenceHash(name));
+        }
         known.remove(SequenceHash(1));
         known.insert(SequenceHash(1));
         known.insert(SequenceHash(4));
@@ -126,7 +128,9 @@ mod tests {
     #[test]
     fn a_listing_does_not_undo_what_came_after_it() {
         let mut known = Names::new(10);
-        [1, 2].map(|name| known.insert(SequenceHash(name)));
+        for name in [1, 2] {
+            known.insert(SequenceHash(name));
+        }
         let since = known.begin();
         known.insert(SequenceHash(3));
         known.remove(SequenceHash(6));
