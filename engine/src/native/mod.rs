@@ -327,10 +327,10 @@ fn rank_memory(
     })
     .without_own_events()
     .over(Arc::clone(&arena));
-    let given = config.tiers.iter().flat_map(|tiers| &tiers.hubs);
+    let mut given = config.tiers.iter().flat_map(|tiers| &tiers.hubs);
     let hub = given
-        .cloned()
         .nth(rank.0 as usize)
+        .cloned()
         .unwrap_or_else(|| EventHub::new(rank, config.kv_events_max, Consolidation::Passthrough));
     pool.join(&hub).map_err(|error| StartError::Tiers {
         rank: rank.0,

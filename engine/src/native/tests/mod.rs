@@ -5,6 +5,7 @@ mod disagg;
 mod fake;
 mod lower;
 mod shelf;
+mod tiers;
 
 use std::{
     collections::BTreeMap,
@@ -29,6 +30,7 @@ use tokio::runtime;
 use self::{
     fake::{BLOCK_TOKENS, EOS, Fake, Hook, VOCAB},
     shelf::Shelf,
+    tiers::Stack,
 };
 use super::*;
 use crate::{disagg::HandoffConfig, engine::RemotePrefill, scheduler::SchedulerConfig};
@@ -49,6 +51,8 @@ struct Setup {
     fingerprint: u64,
     /// A lower tier, the same for all ranks.
     shelf: Option<Arc<Shelf>>,
+    /// kvbm's tiers.
+    stack: Option<Arc<Stack>>,
 }
 
 impl Default for Setup {
@@ -70,6 +74,7 @@ impl Default for Setup {
             hook: None,
             fingerprint: 7,
             shelf: None,
+            stack: None,
         }
     }
 }
@@ -117,7 +122,9 @@ impl Setup {
         };
         let attach = |rank: &RankShared| {
             let shelf = self.shelf.as_ref();
-            Ok(shelf.map(|shelf| Shelf::below(shelf, &rank.pool)))
+            let shelf = shelf.map(|shelf| Shelf::below(shelf, &rank.pool));
+            let stack = self.stack.as_ref();
+            Ok(shelf.or_else(|| Some(stack?.attach(rank, &config.agent))))
         };
         NativeEngine::start_with(&config, facts, &mut make_forward, &attach)
             .expect("the configuration is valid")
