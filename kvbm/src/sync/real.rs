@@ -33,8 +33,9 @@ const ROW: u32 = 1_024;
 /// Pauses, each of 10 to 50 ns.
 const PATIENCE_MIN: u32 = 4;
 const PATIENCE_MAX: u32 = 4_096;
-/// A thread that takes the lock at least once in so many pauses hurries.
-const HURRY: u32 = 8;
+/// A thread that takes the lock at least once in so many pauses hurries: right after the books have
+/// come to it, a section takes a microsecond.
+const HURRY: u32 = 64;
 /// Attempts, a pause apart, before a thread sleeps.
 const ATTEMPTS: u32 = 64;
 
@@ -84,7 +85,7 @@ fn adapted(patience: u32, row: u32) -> u32 {
     } else if row >= patience / HURRY + 1 {
         patience * 2
     } else {
-        patience / 4
+        patience / 2
     };
     better.clamp(PATIENCE_MIN, PATIENCE_MAX)
 }
@@ -116,7 +117,7 @@ mod tests {
         let grown = (0..20).fold(PATIENCE_MIN, |patience, _| adapted(patience, patience / 2));
         assert!((ROW..=PATIENCE_MAX).contains(&grown), "{grown}");
         assert!(adapted(grown, 2 * ROW) < grown, "it was long enough");
-        let calm = (0..6).fold(grown, |patience, _| adapted(patience, patience / 100));
+        let calm = (0..12).fold(grown, |patience, _| adapted(patience, patience / 100));
         assert_eq!(calm, PATIENCE_MIN);
         assert_eq!(adapted(PATIENCE_MIN, 0), PATIENCE_MIN);
         assert_eq!(adapted(PATIENCE_MAX, ROW - 1), PATIENCE_MAX);
