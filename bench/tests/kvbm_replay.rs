@@ -3,7 +3,9 @@
 
 use std::{collections::HashMap, fmt::Write};
 
-use blockplane_bench::kvbm::{Outcome, Simulation, Trace, TraceConfig, simulate};
+use blockplane_bench::kvbm::{
+    Outcome, Simulation, StoredConfig, Trace, TraceConfig, simulate, simulate_stored,
+};
 use blockplane_kvbm::AdmissionKind;
 
 /// Least recently used, by scanning for the oldest.
@@ -268,4 +270,39 @@ fn without_lower_tiers_only_g1_hits_and_a_prompt_that_does_not_fit_is_named() {
         error.to_string().contains("do not fit into the 3 of G1"),
         "{error}"
     );
+}
+
+#[test]
+fn real_bytes_make_no_difference_and_come_back_after_a_restart() {
+    let requests = traffic(11, 300);
+    let trace = Trace::parse(lines(&requests).as_bytes(), TraceConfig::default()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let simulation = Simulation {
+        admission: AdmissionKind::All,
+        ..Simulation::new(400, 400, 2_000)
+    };
+    let stored = StoredConfig {
+        folder: folder.path().to_owned(),
+        block_bytes: 8_192,
+    };
+    let (first, bytes) = simulate_stored(&trace, &simulation, &stored).unwrap();
+    // Every hit was compared byte by byte, and the books are those of a replay without bytes.
+    assert_eq!(bytes.blocks_compared, first.hit_blocks());
+    assert_eq!(bytes.blocks_recovered, 0);
+    assert!(bytes.bytes_written >= first.disk_writes() * 8_192);
+    let without = simulate(&trace, &simulation).unwrap();
+    assert_eq!(first.hits, without.hits);
+    assert_eq!(first.disk_writes(), without.disk_writes());
+
+    let (second, bytes) = simulate_stored(&trace, &simulation, &stored).unwrap();
+    assert!(bytes.blocks_recovered > 0);
+    assert!(second.hits.disk > first.hits.disk, "{:?}", second.hits);
+    assert_eq!(second.failed_loads, 0);
+
+    let odd = StoredConfig {
+        block_bytes: 5_000,
+        ..stored
+    };
+    let error = simulate_stored(&trace, &simulation, &odd).unwrap_err();
+    assert!(error.to_string().contains("a multiple of 4096"), "{error}");
 }

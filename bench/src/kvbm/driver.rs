@@ -309,7 +309,10 @@ impl<'a, W: World> Driver<'a, W> {
         for (at, name) in names.iter().enumerate() {
             let here = found.get_mut(at).and_then(Option::take);
             match here {
-                Some(block) => held.push(block),
+                Some(block) => {
+                    self.world.loaded(block.id(), *name)?;
+                    held.push(block);
+                }
                 None => {
                     let block = targets.next().context("a block without a target")?;
                     if at < loaded {

@@ -1,6 +1,9 @@
 //! `blockplane kvbm replay`.
 
-use std::io::{self, Write};
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+};
 
 use anyhow::{Context, ensure};
 use blockplane_kvbm::{AdmissionKind, EvictionKind, WriteBudgetConfig};
@@ -11,6 +14,7 @@ use super::{
     links::LinkSpeeds,
     outcome::{Outcome, real, rounded},
     simulate::{Simulation, simulate},
+    stored::{StoredConfig, StoredOutcome, simulate_stored},
     trace::Trace,
 };
 use crate::report::{Report, Table};
@@ -76,6 +80,14 @@ pub struct ReplayArgs {
     /// time.
     #[arg(long)]
     compat: Option<Compat>,
+    /// Move real bytes: memory for G1 and G2, a store in this folder for G3; every block that is
+    /// loaded is compared with what was computed. What an earlier replay left there is found again.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["g2_gb_per_s", "g3_gb_per_s"])]
+    store: Option<PathBuf>,
+    /// Bytes of a block with --store, a multiple of 4096: smaller than those of the model, so that
+    /// memory and disk suffice.
+    #[arg(long, default_value_t = 65_536, requires = "store")]
+    store_block_bytes: u32,
     /// One line of JSON instead of tables.
     #[arg(long)]
     json: bool,
@@ -159,8 +171,24 @@ impl ReplayArgs {
 pub fn replay(args: &ReplayArgs) -> anyhow::Result<()> {
     let trace = args.traffic.read()?;
     let (simulation, block_bytes) = args.simulation(&trace)?;
-    let outcome = simulate(&trace, &simulation).context("replay")?;
-    let figures = figures(&outcome, &simulation, block_bytes);
+    let mut stored = None;
+    let outcome = match &args.store {
+        None => simulate(&trace, &simulation).context("replay")?,
+        Some(folder) => {
+            let config = StoredConfig {
+                folder: folder.clone(),
+                block_bytes: args.store_block_bytes,
+            };
+            let (outcome, bytes) =
+                simulate_stored(&trace, &simulation, &config).context("replay with a store")?;
+            stored = Some(bytes);
+            outcome
+        }
+    };
+    let mut figures = figures(&outcome, &simulation, block_bytes);
+    if let Some(stored) = &stored {
+        figures.extend(stored_figures(stored));
+    }
     if args.json {
         let mut out = io::stdout().lock();
         serde_json::to_writer(&mut out, &figures)?;
@@ -268,6 +296,22 @@ fn figures(
     figures
 }
 
+/// What a replay with bytes adds.
+fn stored_figures(stored: &StoredOutcome) -> [(String, Value); 5] {
+    let seconds = stored.moving.as_secs_f64().max(f64::MIN_POSITIVE);
+    [
+        ("store_blocks_compared", json!(stored.blocks_compared)),
+        ("store_blocks_recovered", json!(stored.blocks_recovered)),
+        ("store_bytes_written", json!(stored.bytes_written)),
+        (
+            "store_moved_gb_per_s",
+            json!(rounded(real(stored.moved_bytes) / seconds / 1e9)),
+        ),
+        ("store_seconds", json!(rounded(stored.took.as_secs_f64()))),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+}
+
 /// What is not in the first table.
 fn figure_table(figures: &Map<String, Value>) -> Table {
     let mut table = Table::new(&["", ""]);
@@ -283,6 +327,11 @@ fn figure_table(figures: &Map<String, Value>) -> Table {
         "onboards_max",
         "waiting_requests_max",
         "requests_per_s",
+        "store_blocks_compared",
+        "store_blocks_recovered",
+        "store_bytes_written",
+        "store_moved_gb_per_s",
+        "store_seconds",
     ] {
         let value = figures.get(name).filter(|value| !value.is_null());
         let shown = match value {

@@ -18,7 +18,7 @@ pub(super) trait World {
     /// A block of G1 was computed.
     fn computed(&mut self, block: BlockId, name: TokenBlock) -> anyhow::Result<()>;
 
-    /// A block of G1 was loaded: checks its contents.
+    /// A block was found in G1, or loaded into it: checks its contents.
     fn loaded(&mut self, block: BlockId, name: TokenBlock) -> anyhow::Result<()>;
 }
 

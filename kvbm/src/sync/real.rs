@@ -82,7 +82,7 @@ impl<T> BooksLock<T> {
 fn adapted(patience: u32, row: u32) -> u32 {
     let better = if row >= ROW {
         patience / 2
-    } else if row >= patience / HURRY + 1 {
+    } else if row > patience / HURRY {
         patience * 2
     } else {
         patience / 2
