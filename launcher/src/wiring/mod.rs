@@ -4,6 +4,7 @@ pub(crate) mod descriptor;
 pub(crate) mod engines;
 pub(crate) mod fleet;
 pub(crate) mod handlers;
+mod objects;
 pub(crate) mod prefill;
 pub(crate) mod service;
 #[cfg(test)]

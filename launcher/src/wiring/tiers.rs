@@ -9,11 +9,12 @@ use blockplane_kvbm::{
     TierConfig,
     settings::{ConsolidatorMode, DiskAllocator, Severity, Sizes},
     store::{RecoveredSlot, StoreError, StoreLocation},
-    tier::{TierManager, TierParts, host_arena},
+    tier::{Mover, RemoteIndex, TierManager, TierParts, host_arena},
 };
 use blockplane_protocol::{DpRank, KvLayout};
 use blockplane_transfer::{Agent, AgentConfig, DirectIo, Lane};
 
+use super::objects;
 use crate::kvbm::facts;
 
 /// What the tiers must know of the engine above them.
@@ -64,13 +65,22 @@ pub(crate) fn start(settings: &KvbmSettings, above: &Above) -> anyhow::Result<Op
         .collect();
     let told = settings.kv_events_enable_consolidator.value;
     let summary = summary(&sizes, &config, store.as_ref());
+    let remote = match &config.remote {
+        None => None,
+        Some(_) => {
+            let objects = objects::open(settings, &above.agent, &agent, &host, fingerprint(above))?;
+            let index: Arc<dyn RemoteIndex> = objects.clone();
+            let mover: Arc<dyn Mover> = objects;
+            Some((index, mover))
+        }
+    };
     let manager = TierManager::start(
         &config,
         TierParts {
             agent,
             host,
             store,
-            remote: None,
+            remote,
             hubs: if told { hubs.clone() } else { Vec::new() },
         },
     )
@@ -110,6 +120,10 @@ fn check(settings: &KvbmSettings, sizes: &Sizes, above: &Above) -> anyhow::Resul
     bail!("settings of the KV tiers:\n  {}", errors.join("\n  "));
 }
 
+fn fingerprint(above: &Above) -> Fingerprint {
+    Fingerprint::of(above.fingerprint, &above.layout, 0, 1)
+}
+
 type Store = (Arc<SlotStore>, Vec<RecoveredSlot>);
 
 /// Opens G3. A disk that does not work turns it off, with a warning; a store that is not ours to use
@@ -127,9 +141,8 @@ fn open_store(
         Some(device) => StoreLocation::Device(device.clone()),
         None => StoreLocation::Folder(settings.disk_cache_dir.value.clone()),
     };
-    let fingerprint = Fingerprint::of(above.fingerprint, &above.layout, 0, 1);
     let bytes = above.layout.block_bytes() as u64;
-    let mut store = SlotStoreConfig::new(location, disk.blocks, bytes, fingerprint);
+    let mut store = SlotStoreConfig::new(location, disk.blocks, bytes, fingerprint(above));
     if settings.disk_disable_o_direct.value {
         store.direct = DirectIo::Off;
     }
@@ -184,6 +197,10 @@ fn summary(sizes: &Sizes, config: &TierConfig, store: Option<&Store>) -> String 
             gb(disk.blocks),
             store.path().display()
         ));
+    }
+    if config.remote.is_some() {
+        let blocks = sizes.object_blocks;
+        parts.push(format!("G4 up to {blocks} objects"));
     }
     parts.join("; ")
 }
