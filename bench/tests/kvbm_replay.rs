@@ -140,7 +140,7 @@ fn traffic(seed: u64, requests: usize) -> Vec<(u64, Vec<u64>)> {
     for _ in 0..requests {
         millis += random(700);
         let mut prompt = if !open.is_empty() && random(10) < 4 {
-            let at = usize::try_from(random(open.len() as u64)).unwrap();
+            let at = usize::try_from(random(open.len() as u64)).expect("an index");
             open.swap_remove(at)
         } else {
             vec![0]
@@ -171,7 +171,7 @@ fn lines(requests: &[(u64, Vec<u64>)]) -> String {
             text,
             "{{\"timestamp\": {millis}, \"input_length\": {tokens}, \"hash_ids\": {ids:?}}}"
         )
-        .unwrap();
+        .expect("a string takes everything");
     }
     text
 }
@@ -182,7 +182,7 @@ fn played(trace: &Trace, sizes: [u32; 3], admission: AdmissionKind, promote: boo
         promote,
         ..Simulation::new(sizes[0], sizes[1], sizes[2])
     };
-    simulate(trace, &simulation).unwrap()
+    simulate(trace, &simulation).expect("it fits")
 }
 
 fn percent(part: u64, whole: u64) -> f64 {

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use blockplane_kvbm::{
-    BlockPool, Fingerprint, KvArena, SlotStore, SlotStoreConfig,
+    Fingerprint, KvArena, SlotStore, SlotStoreConfig,
     store::StoreLocation,
     tier::{LocalMover, MoveReport, MoveSpec, Mover, TierConfig, TierPools, Tiers, host_arena},
 };

@@ -42,11 +42,6 @@ pub(crate) fn start(settings: &KvbmSettings, above: &Above) -> anyhow::Result<Op
     let Some(mut config) = settings.tier_config(&sizes) else {
         return Ok(None);
     };
-    if config.remote.is_some() {
-        bail!(
-            "DYN_KVBM_OBJECT_ENABLED is true, and workers of this version open no object store: unset it"
-        );
-    }
     let name = format!("{}-tiers", above.agent);
     let agent = Agent::new(AgentConfig::new(name).with_lanes([Lane::Loopback]))
         .context("the transfer agent of the KV tiers cannot be started")?;
