@@ -485,7 +485,10 @@ fn with_role(mark: &str, role: Role) -> Vec<Entry> {
 }
 
 /// A port of the loopback interface that nobody listens on now.
-fn free_port() -> Result<u16> {
+///
+/// # Errors
+/// There is none.
+pub fn free_port() -> Result<u16> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     Ok(listener.local_addr()?.port())
 }

@@ -3,6 +3,7 @@
 
 use std::{
     fs::{File, OpenOptions},
+    net::Ipv4Addr,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -13,6 +14,7 @@ use blockplane_protocol::LoadReport;
 use blockplane_tests::{
     Client, Cluster, ClusterBuilder, Role,
     client::Completion,
+    cluster::free_port,
     fixtures,
     health::{self, Health},
     prompts::Random,
@@ -44,7 +46,16 @@ struct Scene {
 impl Scene {
     /// Starts both, with so many blocks in host memory and on disk (0: without).
     fn new(disk: &Path, host_blocks: u32, disk_blocks: u32) -> Result<Self> {
-        let mut builder = ClusterBuilder::new()
+        Self::with(ClusterBuilder::new(), disk, host_blocks, disk_blocks)
+    }
+
+    fn with(
+        builder: ClusterBuilder,
+        disk: &Path,
+        host_blocks: u32,
+        disk_blocks: u32,
+    ) -> Result<Self> {
+        let mut builder = builder
             .checkpoint(&fixtures::checkpoint(MODEL)?)
             .worker_arguments(&["--threads", "1", "--blocks", POOL_BLOCKS])
             .variable("DYN_KVBM_DISK_CACHE_DIR", &disk.display())
@@ -95,13 +106,11 @@ impl Scene {
     fn wait_load(&self, what: &str, holds: impl Fn(&LoadReport) -> bool) -> Result<LoadReport> {
         wait::until(what, Duration::from_secs(5), || {
             let health = Health::read(&self.client).map_err(|error| format!("{error:#}"))?;
-            let load = health
-                .workers
-                .first()
-                .and_then(|worker| worker.load.first());
-            match load {
-                Some(load) if holds(load) => Ok(*load),
-                other => Err(format!("{other:?}")),
+            // One that was killed is listed, with its last report, until its lease ends.
+            let mut loads = health.workers.iter().filter_map(|w| w.load.first());
+            match loads.find(|load| holds(load)) {
+                Some(load) => Ok(*load),
+                None => Err(format!("{:?}", health.workers)),
             }
         })
     }
@@ -237,6 +246,118 @@ fn flip_bits(path: &Path) -> Result<()> {
         file.write_all_at(&[byte[0] ^ 0x10], at)?;
         at += 4096 * 3 + 17;
     }
+    Ok(())
+}
+
+/// A sample of the metrics of the tiers: the sum over its labels.
+fn sample(text: &str, name: &str) -> f64 {
+    let value = |line: &str| -> Option<f64> {
+        let rest = line.strip_prefix(name)?;
+        if !rest.starts_with(['{', ' ']) {
+            return None;
+        }
+        rest.rsplit(' ').next()?.parse().ok()
+    };
+    text.lines().filter_map(value).sum()
+}
+
+#[test]
+fn metrics_and_the_record_tell_what_happened() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let record = folder.path().join("record.jsonl");
+    let port = free_port()?;
+    let builder = ClusterBuilder::new()
+        .variable("DYN_KVBM_METRICS", &true)
+        .variable("DYN_KVBM_METRICS_PORT", &port)
+        .variable("DYN_KVBM_ENABLE_RECORD", &1)
+        .variable("DYN_KVBM_RECORD_PATH", &record.display());
+    let disk = folder.path().join("disk");
+    std::fs::create_dir(&disk)?;
+    let mut scene = Scene::with(builder, &disk, 60, 600)?;
+    let prompt = scene.prompt();
+    let (first, _) = scene.ask(&prompt)?;
+    scene.wait_written()?;
+    scene.push_out_of(100)?;
+    let (again, cached) = scene.ask(&prompt)?;
+    ensure!(again == first && cached == CACHED_TOKENS, "{cached} cached");
+    let metrics = Client::new((Ipv4Addr::LOCALHOST, port).into());
+    let text = metrics.get("/metrics", LIMIT)?.body;
+    for (name, least) in [
+        ("kvbm_matched_tokens", 384.0),
+        ("kvbm_offload_blocks_d2h", 24.0),
+        ("kvbm_offload_blocks_h2d", 24.0),
+        ("kvbm_onboard_blocks_d2d", 24.0),
+        ("kvbm_transfer_bytes_total", 1.0),
+        ("kvbm_disk_written_bytes_total", 1.0),
+    ] {
+        ensure!(sample(&text, name) >= least, "{name}:\n{text}");
+    }
+    ensure!(sample(&text, "kvbm_invalid_blocks_total") == 0.0, "{text}");
+
+    // What is recorded is written after a second without requests.
+    let requests = 8;
+    wait::until("the record to be written", LIMIT, || {
+        let text = std::fs::read_to_string(&record).map_err(|error| error.to_string())?;
+        let lines = text.lines().count();
+        if lines >= requests {
+            Ok(())
+        } else {
+            Err(format!("{lines} lines"))
+        }
+    })?;
+
+    // What is damaged is counted, too.
+    let file = store_file(&disk)?;
+    scene.crash(|| flip_bits(&file))?;
+    let (again, _) = scene.ask(&prompt)?;
+    ensure!(again == first, "{again:?} is not {first:?}");
+    wait::until("the damage to be counted", LIMIT, || {
+        let text = metrics
+            .get("/metrics", LIMIT)
+            .map_err(|e| format!("{e:#}"))?;
+        if sample(&text.body, "kvbm_invalid_blocks_total") > 0.0 {
+            Ok(())
+        } else {
+            Err(text.body)
+        }
+    })?;
+    // The record is a trace.
+    let arguments = ["kvbm", "replay", "--g1-blocks", "40", "--json"].map(str::to_owned);
+    let arguments = [&arguments[..], &[record.display().to_string()]].concat();
+    let mut replay = scene.cluster.start("replay", &arguments)?;
+    let status = replay.wait(LIMIT)?;
+    let log = replay.log();
+    ensure!(status.success(), "{log:?}");
+    let last: serde_json::Value = serde_json::from_str(log.last().context("a line")?)?;
+    ensure!(last["hit_percent"].is_number(), "{last}");
+    scene.cluster.stop()
+}
+
+#[test]
+fn config_says_where_each_setting_comes_from_and_fails_for_what_cannot_work() -> Result<()> {
+    let cluster = ClusterBuilder::new()
+        .variable("DYN_KVBM_CPU_CACHE_GB", &"0.5")
+        .variable("DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER", &"false")
+        .empty()?;
+    let run = |more: &[&str]| -> Result<(bool, String)> {
+        let arguments = [&["kvbm", "config", "--block-bytes", "1000000"], more].concat();
+        let arguments: Vec<String> = arguments.into_iter().map(str::to_owned).collect();
+        let mut config = cluster.start("config", &arguments)?;
+        let status = config.wait(LIMIT)?;
+        Ok((status.success(), config.log().join("\n")))
+    };
+    let (fine, text) = run(&[])?;
+    let row = |name: &str| text.lines().find(|line| line.starts_with(name));
+    let cpu = row("DYN_KVBM_CPU_CACHE_GB").context("a row for each setting")?;
+    ensure!(fine, "{text}");
+    ensure!(cpu.contains("0.5") && cpu.contains("variable"), "{cpu}");
+    ensure!(text.contains("500"), "500 blocks of 1 MB: {text}");
+    let (_, json) = run(&["--kvbm-cpu-cache-gb", "0.25", "--json"])?;
+    let report: serde_json::Value = serde_json::from_str(&json).with_context(|| json.clone())?;
+    ensure!(report["sizes"]["host_blocks"] == 250, "{report}");
+    // More memory than any machine has.
+    let (fine, text) = run(&["--kvbm-cpu-cache-gb", "900000"])?;
+    ensure!(!fine && text.contains("error: "), "{text}");
     Ok(())
 }
 

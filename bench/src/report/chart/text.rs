@@ -80,8 +80,13 @@ impl Canvas for Text {
             Anchor::Middle => at.saturating_sub(length / 2),
             Anchor::End => at.saturating_sub(length),
         };
-        let row = self.cells.get_mut(index(y - CELL.1 / 2.0, CELL.1));
-        let cells = row.into_iter().flat_map(|row| row.iter_mut().skip(left));
+        let Some(row) = self.cells.get_mut(index(y - CELL.1 / 2.0, CELL.1)) else {
+            return;
+        };
+        // A sample of a line may end right before its name.
+        let before = left.checked_sub(1).and_then(|before| row.get(before));
+        let joined = before.is_some_and(|before| *before != ' ');
+        let cells = row.iter_mut().skip(left + usize::from(joined));
         for (cell, character) in cells.zip(text.chars()) {
             *cell = character;
         }
