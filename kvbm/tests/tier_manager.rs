@@ -303,7 +303,6 @@ fn slowed() -> (Slowed, TokenSequence, TokenSequence) {
     let mut config = config(24);
     config.queues.onboard_time = Duration::from_millis(40);
     config.health = HealthConfig {
-        // Two moves for each of two requests.
         late_max: 4,
         probe_every: Duration::from_millis(150),
         ..HealthConfig::default()
@@ -350,8 +349,15 @@ fn slowed() -> (Slowed, TokenSequence, TokenSequence) {
 fn a_disk_that_hangs_is_answered_in_time_left_alone_and_tried_again() {
     let (mut slowed, cold, warm) = slowed();
     slowed.mover.kinds.lock().push(MoveKind::DiskToHost);
-    for _ in 0..2 {
+    // How many moves of a request begin before its deadline is a matter of the machine.
+    let mut requests = 0;
+    while slowed.manager.stats().states.disk != TierState::Slow {
+        requests += 1;
+        assert!(requests <= 20, "{:?}", slowed.manager.stats());
         let found = slowed.tiers.find(cold.blocks());
+        if found.is_empty() {
+            continue;
+        }
         assert_eq!(found.tiers().disk, 4);
         let targets = slowed.device.allocate(4).unwrap();
         let began = Instant::now();
@@ -369,8 +375,8 @@ fn a_disk_that_hangs_is_answered_in_time_left_alone_and_tried_again() {
         // What is in G2 is loaded meanwhile.
         let found = slowed.tiers.find(warm.blocks());
         assert_eq!(onboard(&slowed.tiers, found, &targets, SOON).loaded, 4);
+        wait_for(|| slowed.manager.stats().of(MoveKind::DiskToHost).running == 0);
     }
-    wait_for(|| slowed.manager.stats().states.disk == TierState::Slow);
     assert_eq!(slowed.tiers.find(cold.blocks()).len(), 0);
     let stats = slowed.manager.stats();
     assert!(
