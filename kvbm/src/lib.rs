@@ -79,7 +79,7 @@ mod sync;
 pub mod tier;
 
 pub use admit::{
-    Admission, AdmissionConfig, AdmissionKind, Offer, Offered, UnknownAdmission, Wear, WriteBudget,
+    Admission, AdmissionConfig, AdmissionKind, Offer, Offered, UnknownAdmission, WriteBudget,
     WriteBudgetConfig, WriteBudgetError,
 };
 #[cfg(not(loom))]

@@ -4,8 +4,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use super::wear::DAY;
-
+const DAY: Duration = Duration::from_secs(86_400);
 const NANOS: u128 = 1_000_000_000;
 
 /// Limits on what is written to a drive. Both may be given, and then both hold.

@@ -1,4 +1,4 @@
-//! What is worth writing to a drive: admission to G3, a budget for its writes, and its wear.
+//! What is worth writing to a drive: admission to G3, and a budget for its writes.
 //!
 //! Writing every block that is computed wears a drive out and mostly for nothing: in real traffic
 //! three of four blocks are never asked for again. An [`Admission`] decides block by block; a
@@ -12,7 +12,6 @@ mod frequency;
 mod recent;
 mod table;
 mod tail;
-mod wear;
 
 use std::{fmt, str::FromStr, time::Duration};
 
@@ -23,7 +22,6 @@ pub use budget::{WriteBudget, WriteBudgetConfig, WriteBudgetError};
 use frequency::Frequency;
 use recent::Recent;
 use tail::Tail;
-pub use wear::Wear;
 
 /// Which blocks go to G3.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
