@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     admit::{Admission, AdmissionKind, Offer, Offered, WriteBudget},
-    block::ImmutableBlock,
+    block::{ImmutableBlock, MutableBlock},
     pool::BlockPool,
 };
 
@@ -349,11 +349,29 @@ impl Tiers {
         if sources.is_empty() {
             return None;
         }
-        let blocks = sources.iter().zip(&targets);
-        let blocks = blocks.map(|(source, target)| moved_block(source, target.id().0));
-        let blocks: Vec<MovedBlock> = blocks.collect();
-        let flight = Flight {
-            kind: MoveKind::HostToDisk,
+        Some(self.write(now, MoveKind::HostToDisk, sources, targets, demote))
+    }
+
+    fn write_to_remote(&mut self, now: Duration, sources: Vec<ImmutableBlock>) -> MoveSpec {
+        self.write(now, MoveKind::HostToRemote, sources, Vec::new(), false)
+    }
+
+    /// Starts to write `sources`: into `targets`, one for each, where the tier below has slots.
+    fn write(
+        &mut self,
+        now: Duration,
+        kind: MoveKind,
+        sources: Vec<ImmutableBlock>,
+        targets: Vec<MutableBlock>,
+        demote: bool,
+    ) -> MoveSpec {
+        let mut slots = targets.iter().map(|target| target.id().0);
+        let blocks = sources
+            .iter()
+            .map(|source| moved_block(source, slots.next().unwrap_or(u32::MAX)))
+            .collect();
+        self.start(Flight {
+            kind,
             rank: DpRank::default(),
             started: now,
             time: self.config.queues.offload_time,
@@ -363,26 +381,7 @@ impl Tiers {
                 targets,
                 demote,
             },
-        };
-        Some(self.start(flight))
-    }
-
-    fn write_to_remote(&mut self, now: Duration, sources: Vec<ImmutableBlock>) -> MoveSpec {
-        let blocks = sources.iter().map(|source| moved_block(source, u32::MAX));
-        let blocks: Vec<MovedBlock> = blocks.collect();
-        let flight = Flight {
-            kind: MoveKind::HostToRemote,
-            rank: DpRank::default(),
-            started: now,
-            time: self.config.queues.offload_time,
-            blocks,
-            job: Job::Write {
-                sources,
-                targets: Vec::new(),
-                demote: false,
-            },
-        };
-        self.start(flight)
+        })
     }
 
     /// Asks whether blocks are to be written to G3, and queues those that are.
