@@ -1,58 +1,53 @@
 //! A bounded map from block names to numbers, that forgets without ever being swept as a whole.
 
-/// Slots that one insertion looks at for entries to forget. More than one, so that entries leave
+use hashbrown::{HashTable, hash_table::Entry};
+
+/// Buckets that one insertion looks at for entries to forget. More than one, so that entries leave
 /// faster than they can come.
 const SWEPT: usize = 2;
-const SLOTS_MIN: usize = 64;
+const ENTRIES_MIN: usize = 56;
 
-/// Names and what is known of them: open addressing, 16 bytes a slot, at most three quarters full.
+/// Names and what is known of them, in 17 bytes a bucket. There is room for half as many more as
+/// were left when it was last full, so there are at most 24/7 buckets for each of those.
 ///
 /// Values are never 0. Which of them are out of date is the caller's rule; an entry that is out of
 /// date is removed some time later, so callers check what they get.
 #[derive(Clone, Debug)]
 pub(super) struct Table {
-    slots: Box<[Slot]>,
-    used: usize,
+    known: HashTable<Known>,
+    /// The bucket to look at next.
     cursor: usize,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
-struct Slot {
+#[derive(Clone, Copy, Debug)]
+struct Known {
     name: u64,
-    /// 0 where the slot is empty.
     value: u64,
 }
 
 impl Table {
     pub(super) fn new() -> Self {
         Self {
-            slots: vec![Slot::default(); SLOTS_MIN].into(),
-            used: 0,
+            known: HashTable::with_capacity(ENTRIES_MIN),
             cursor: 0,
         }
     }
 
-    /// Bytes of the slots.
+    /// Bytes of the buckets.
     pub(super) fn bytes(&self) -> usize {
-        self.slots.len() * size_of::<Slot>()
+        self.known.allocation_size()
     }
 
     /// Entries, with those that are out of date and not yet removed.
     #[cfg(test)]
-    pub(super) const fn used(&self) -> usize {
-        self.used
+    pub(super) fn used(&self) -> usize {
+        self.known.len()
     }
 
     /// What was set for `name`, or 0.
     pub(super) fn get(&self, name: u64) -> u64 {
-        let mut at = self.home(name);
-        loop {
-            let slot = self.slots[at];
-            if slot.value == 0 || slot.name == name {
-                return slot.value;
-            }
-            at = self.after(at);
-        }
+        let known = self.known.find(hash(name), |known| known.name == name);
+        known.map_or(0, |known| known.value)
     }
 
     /// Sets the value of `name` to what `to` makes of the one before (0 for none), which it returns,
@@ -64,79 +59,54 @@ impl Table {
         old: impl Fn(u64) -> bool,
     ) -> u64 {
         self.sweep(&old);
-        let mut at = self.home(name);
-        while self.slots[at].value != 0 {
-            if self.slots[at].name == name {
-                let before = self.slots[at].value;
-                self.slots[at].value = to(before);
-                return before;
+        if self.known.len() == self.known.capacity() {
+            self.make_room(&old);
+        }
+        let same = |known: &Known| known.name == name;
+        match self.known.entry(hash(name), same, |known| hash(known.name)) {
+            Entry::Occupied(mut known) => {
+                let before = known.get().value;
+                known.get_mut().value = to(before);
+                before
             }
-            at = self.after(at);
+            Entry::Vacant(vacant) => {
+                let value = to(0);
+                debug_assert_ne!(value, 0, "0 stands for none");
+                vacant.insert(Known { name, value });
+                0
+            }
         }
-        let value = to(0);
-        debug_assert_ne!(value, 0, "0 marks an empty slot");
-        self.slots[at] = Slot { name, value };
-        self.used += 1;
-        if self.used * 4 > self.slots.len() * 3 {
-            self.rebuild(&old);
-        }
-        0
     }
 
     fn sweep(&mut self, old: &impl Fn(u64) -> bool) {
         for _ in 0..SWEPT {
-            let value = self.slots[self.cursor].value;
-            if value != 0 && old(value) {
-                // What moves into the gap is looked at by the next step.
-                self.remove(self.cursor);
-            } else {
-                self.cursor = self.after(self.cursor);
+            if let Ok(known) = self.known.get_bucket_entry(self.cursor)
+                && old(known.get().value)
+            {
+                known.remove();
             }
+            // The number of buckets is a power of two.
+            self.cursor = (self.cursor + 1) & (self.known.num_buckets() - 1);
         }
     }
 
-    /// Empties a slot and moves later entries of its run, so that no search ends too early.
-    fn remove(&mut self, mut gap: usize) {
-        let mask = self.slots.len() - 1;
-        let mut at = self.after(gap);
-        while self.slots[at].value != 0 {
-            let home = self.home(self.slots[at].name);
-            if at.wrapping_sub(home) & mask >= at.wrapping_sub(gap) & mask {
-                self.slots[gap] = self.slots[at];
-                gap = at;
-            }
-            at = self.after(at);
+    /// Drops all that is out of date, and makes room for half as many entries as are left.
+    fn make_room(&mut self, old: &impl Fn(u64) -> bool) {
+        let live = || self.known.iter().filter(|known| !old(known.value));
+        let count = live().count();
+        let mut roomy = HashTable::with_capacity((count + count / 2 + 1).max(ENTRIES_MIN));
+        for known in live() {
+            roomy.insert_unique(hash(known.name), *known, |known| hash(known.name));
         }
-        self.slots[gap] = Slot::default();
-        self.used -= 1;
-    }
-
-    /// Makes room: as many slots as what is not out of date needs, half of them empty.
-    fn rebuild(&mut self, old: &impl Fn(u64) -> bool) {
-        let kept = |slot: &&Slot| slot.value != 0 && !old(slot.value);
-        let live = self.slots.iter().filter(kept).count();
-        let slots = (live * 2).next_power_of_two().max(SLOTS_MIN);
-        let before = std::mem::replace(&mut self.slots, vec![Slot::default(); slots].into());
+        self.known = roomy;
         self.cursor = 0;
-        self.used = live;
-        for slot in before.iter().filter(kept) {
-            let mut at = self.home(slot.name);
-            while self.slots[at].value != 0 {
-                at = self.after(at);
-            }
-            self.slots[at] = *slot;
-        }
     }
+}
 
-    fn home(&self, name: u64) -> usize {
-        // Names are hashes, but their low bits may have chosen a shard already.
-        let mixed = name.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-        mixed as usize & (self.slots.len() - 1)
-    }
-
-    fn after(&self, at: usize) -> usize {
-        (at + 1) & (self.slots.len() - 1)
-    }
+/// Names are hashes, but some of their bits may have chosen a shard already.
+const fn hash(name: u64) -> u64 {
+    let product = name as u128 * 0x9e37_79b9_7f4a_7c15;
+    (product >> 64) as u64 ^ product as u64
 }
 
 #[cfg(test)]
@@ -174,6 +144,6 @@ mod tests {
             table.set(now, |_| now, |value| value + 1_000 < now);
         }
         assert!(table.used() < 3_000, "{}", table.used());
-        assert!(table.bytes() <= 4_096 * 16, "{}", table.bytes());
+        assert!(table.bytes() <= 4_096 * 17 + 64, "{}", table.bytes());
     }
 }
