@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use blockplane_kvbm::{EventHub, metrics::Observation, tier::TierManager};
+use blockplane_kvbm::{EventHub, EvictionKind, metrics::Observation, tier::TierManager};
 use blockplane_protocol::{KvLayout, WorkerRole};
 use blockplane_transfer::Agent;
 
@@ -28,6 +28,9 @@ pub struct NativeConfig {
     pub scheduler: SchedulerConfig,
     /// Whether KV is found again by prompts that begin alike. Default `true`.
     pub prefix_caching: bool,
+    /// Which of the blocks that are kept, and held by nobody, is overwritten first. Default
+    /// [`EvictionKind::Lru`].
+    pub eviction: EvictionKind,
     /// KV events kept per rank for subscribers that are behind. Default 65,536, about 150 bytes
     /// each at worst.
     pub kv_events_max: usize,
@@ -74,6 +77,7 @@ impl NativeConfig {
             dp_size: 1,
             scheduler: SchedulerConfig::default(),
             prefix_caching: true,
+            eviction: EvictionKind::default(),
             kv_events_max: 65_536,
             tiers: None,
             watch: None,

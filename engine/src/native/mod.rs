@@ -325,6 +325,7 @@ fn rank_memory(
         prefix_caching: config.prefix_caching,
         ..PoolConfig::default()
     })
+    .eviction(config.eviction)
     .without_own_events()
     .over(Arc::clone(&arena));
     let mut given = config.tiers.iter().flat_map(|tiers| &tiers.hubs);

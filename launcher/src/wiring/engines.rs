@@ -144,6 +144,7 @@ fn engine_config(settings: &Settings) -> anyhow::Result<NativeConfig> {
     config.pool = pool_size(args)?;
     config.dp_size = args.data_parallel_size;
     config.prefix_caching = !args.no_prefix_caching;
+    config.eviction = settings.kvbm.device_eviction.value;
     config.scheduler = SchedulerConfig {
         max_running: args.max_num_seqs,
         max_waiting: args.max_waiting,

@@ -52,6 +52,38 @@ async fn preempted_requests_get_the_same_tokens() {
     all_blocks_back(&engine).await;
 }
 
+/// A prompt that was asked for again and again, and then one time each many others, more than fit.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_eviction_policy_decides_what_the_pool_keeps() {
+    for (eviction, kept) in [
+        (EvictionKind::Lru, false),
+        (EvictionKind::MultiLru, true),
+        (EvictionKind::S3Fifo, true),
+        (EvictionKind::Lineage, false),
+    ] {
+        let engine = Setup {
+            blocks: 24,
+            eviction,
+            ..Setup::default()
+        }
+        .start("evicts");
+        let often = prompt(0, 21, 0);
+        for _ in 0..6 {
+            run(&engine, request(&often, 1)).await.unwrap();
+        }
+        // 5 blocks each, in a pool that has room for 4 of them.
+        for other in 1..6 {
+            run(&engine, request(&prompt(other, 21, 0), 1))
+                .await
+                .unwrap();
+        }
+        let again = run(&engine, request(&often, 1)).await.unwrap();
+        assert_eq!(again.tokens, fake::reference(&often, 1));
+        assert_eq!(again.usage.cached_tokens == 20, kept, "{eviction}");
+        all_blocks_back(&engine).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn ranks_have_their_own_pools_and_events() {
     let engine = Setup {

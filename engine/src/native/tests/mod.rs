@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use blockplane_kvbm::PoolStats;
+use blockplane_kvbm::{EvictionKind, PoolStats};
 use blockplane_protocol::{
     ErrorKind, FinishReason, GenerateError, GenerateRequest, PrefillHint, PrefillJob, PrefillReply,
     RequestId, RouteHints, SamplingParams, StopConditions, TokenId, Usage, WorkerId, WorkerRole,
@@ -43,6 +43,7 @@ struct Setup {
     lanes: Vec<Lane>,
     faults: Option<FaultConfig>,
     blocks: u32,
+    eviction: EvictionKind,
     dp_size: u32,
     scheduler: SchedulerConfig,
     remote: Option<Arc<dyn RemotePrefill>>,
@@ -62,6 +63,7 @@ impl Default for Setup {
             lanes: vec![Lane::Tcp],
             faults: None,
             blocks: 256,
+            eviction: EvictionKind::Lru,
             dp_size: 1,
             scheduler: SchedulerConfig {
                 max_running: 16,
@@ -104,6 +106,7 @@ impl Setup {
         let config = NativeConfig {
             block_tokens: BLOCK_TOKENS,
             pool: PoolSize::Blocks(self.blocks),
+            eviction: self.eviction,
             dp_size: self.dp_size,
             scheduler: self.scheduler,
             handoff: Some(handoff),
