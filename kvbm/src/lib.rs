@@ -95,7 +95,7 @@ pub use pool::{BlockPool, PoolBuilder, PoolConfig, PoolExhausted, PoolStats};
 #[cfg(not(loom))]
 pub use ranks::{RankShape, RankWorker, RankedMover};
 #[cfg(not(loom))]
-pub use remote::{ObjectTier, ObjectTierConfig};
+pub use remote::{ObjectTier, ObjectTierConfig, PeerParts, PeerTier, PeerTierConfig, Remotes};
 #[cfg(not(loom))]
 pub use settings::{KvbmSettings, resolve};
 #[cfg(not(loom))]

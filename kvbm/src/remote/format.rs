@@ -51,11 +51,16 @@ pub(super) fn name_of(folder: &str, key: &str) -> Option<SequenceHash> {
 /// Checksum of a payload: xxh3-64, seeded with what the bytes are stored as, so that the bytes of
 /// another block or of another model never pass.
 pub(super) fn payload_hasher(name: TokenBlock, fingerprint: &Fingerprint) -> Xxh3 {
+    Xxh3::with_seed(payload_seed(name, fingerprint))
+}
+
+/// Seed of that checksum.
+pub(super) fn payload_seed(name: TokenBlock, fingerprint: &Fingerprint) -> u64 {
     let mut bound = [0; 24];
     bound[..8].copy_from_slice(&name.sequence.0.to_le_bytes());
     bound[8..16].copy_from_slice(&name.block.0.to_le_bytes());
     bound[16..].copy_from_slice(&fingerprint.digest().to_le_bytes());
-    Xxh3::with_seed(xxh3_64(&bound))
+    xxh3_64(&bound)
 }
 
 impl Header {

@@ -33,6 +33,12 @@ pub trait RemoteIndex: Send + Sync {
     /// Whether a block of this name is there.
     fn contains(&self, name: SequenceHash) -> bool;
 
+    /// Whether writing it there would be in vain, because it is kept. Blocks can be somewhere from
+    /// where they go at any time.
+    fn keeps(&self, name: SequenceHash) -> bool {
+        self.contains(name)
+    }
+
     /// Blocks there.
     fn len(&self) -> usize;
 

@@ -147,7 +147,7 @@ impl Tiers {
         }
         if let Some(remote) = self.remote_writes(now) {
             let index = Arc::clone(&remote.index);
-            let held = blocks.into_iter().filter(|b| !index.contains(b.hash()));
+            let held = blocks.into_iter().filter(|b| !index.keeps(b.hash()));
             let held = held.map(Queued::Held).collect();
             let over = remote.writes.push(now, rank, priority, held);
             self.dropped(Dropped::QueueFull, over);
@@ -164,7 +164,7 @@ impl Tiers {
     ) {
         self.offer(now, rank, priority, names, Offer::Stored);
         if let Some(remote) = self.remote_writes(now) {
-            let missing = |name: &&TokenBlock| !remote.index.contains(name.sequence);
+            let missing = |name: &&TokenBlock| !remote.index.keeps(name.sequence);
             let queued = names.iter().filter(missing).copied().map(Queued::Named);
             let queued = queued.collect();
             let over = remote.writes.push(now, rank, priority, queued);
@@ -200,7 +200,7 @@ impl Tiers {
         }
         if let Some(remote) = self.remote_writes(now) {
             for (worth, name) in worth.iter_mut().zip(names) {
-                *worth |= !remote.index.contains(name.sequence);
+                *worth |= !remote.index.keeps(name.sequence);
             }
         }
         let kept = names.iter().zip(worth).filter(|(_, worth)| *worth);
@@ -314,7 +314,7 @@ impl Tiers {
                 (_, Some(remote)) if tier == Tier::Remote => next
                     .items
                     .iter()
-                    .map(|item| remote.index.contains(item.name()))
+                    .map(|item| remote.index.keeps(item.name()))
                     .collect(),
                 (Some(disk), _) => disk.pool.contains_each(next.items.iter().map(Queued::name)),
                 _ => Vec::new(),
