@@ -11,8 +11,8 @@ use std::{
 
 use blockplane_kvbm::{
     BlockPool, Fingerprint, KvArena, MoveKind, MoveReport, MoveSpec, Mover, MutableBlock,
-    PeerParts, PeerTier, PeerTierConfig, PoolConfig, RankTiers, RemoteIndex, TierConfig,
-    TierManager, TierParts,
+    ObjectTier, ObjectTierConfig, PeerParts, PeerTier, PeerTierConfig, PoolConfig, RankTiers,
+    RemoteIndex, Remotes, TierConfig, TierManager, TierParts,
     arena::ArenaPlace,
     host_arena,
     tier::{BlockOutcome, Invalid, MoveId, MovedBlock, RemoteConfig},
@@ -20,7 +20,7 @@ use blockplane_kvbm::{
 use blockplane_protocol::{
     DType, DpRank, KvLayout, LayoutOrder, SaltHash, TokenBlock, TokenSequence,
 };
-use blockplane_transfer::{Agent, AgentConfig};
+use blockplane_transfer::{Agent, AgentConfig, ObjectConfig, ObjectLocation};
 
 const RANK: DpRank = DpRank(0);
 const SOON: Duration = Duration::from_secs(20);
@@ -80,7 +80,7 @@ struct Worker {
     arena: Arc<KvArena>,
     host: Arc<KvArena>,
     control: Agent,
-    _agents: [Agent; 2],
+    agents: [Agent; 2],
 }
 
 impl Worker {
@@ -123,7 +123,7 @@ impl Worker {
             arena,
             host,
             control,
-            _agents: [engine, own],
+            agents: [engine, own],
         }
     }
 
@@ -183,7 +183,7 @@ fn spec(names: &[TokenBlock], first: u32, time: Duration) -> MoveSpec {
         rank: RANK,
         blocks: blocks
             .map(|(name, id)| MovedBlock {
-                from: 0,
+                from: id,
                 to: id,
                 name: *name,
                 parent: None,
@@ -317,4 +317,88 @@ fn a_worker_that_comes_back_is_found_again() {
         drop(a);
         eventually("its names go with it", || b.peers.is_empty());
     }
+}
+
+#[test]
+fn what_peers_do_not_have_comes_from_objects() {
+    let slow = PeerTierConfig {
+        announce_every: Duration::from_secs(60),
+        ..PeerTierConfig::default()
+    };
+    let a = Worker::start("both-a", 7, slow);
+    let b = Worker::start("both-b", 7, PeerTierConfig::default());
+    let prompt = prompt(8, 8);
+    let names = prompt.blocks();
+    a.compute(&prompt);
+    b.meets(&a);
+    eventually("B knows what A has", || b.knows(&prompt));
+
+    let own = &b.agents[1];
+    let store = ObjectConfig::new(ObjectLocation::Memory);
+    let objects = ObjectTier::open(
+        own,
+        own.open_objects(&store).unwrap(),
+        Arc::clone(&b.host),
+        Fingerprint::of(7, b.host.layout(), 0, 1),
+        ObjectTierConfig::default(),
+    )
+    .unwrap();
+    for (block, name) in (20..).zip(&names[4..]) {
+        fill(&b.host, block, *name);
+    }
+    let remotes = Remotes::new(Arc::clone(&b.peers), Arc::clone(&objects));
+    let write = MoveSpec {
+        kind: MoveKind::HostToRemote,
+        ..spec(&names[4..], 20, SOON)
+    };
+    assert!(!remotes.keeps(names[4].sequence), "a peer may lose it");
+    let written = remotes.run(&write);
+    assert_eq!(written.outcomes, vec![BlockOutcome::Moved; 4]);
+    assert!(remotes.keeps(names[4].sequence));
+    assert!(remotes.contains(names[0].sequence) && !remotes.keeps(names[0].sequence));
+
+    // Two blocks are gone at A, which has not said so.
+    for name in &names[6..] {
+        assert!(a.manager.host().forget(name.sequence));
+    }
+    let report = remotes.run(&spec(names, 0, SOON));
+    assert_eq!(report.outcomes, vec![BlockOutcome::Moved; 8]);
+    for (block, name) in (0..).zip(names) {
+        assert!(holds(&b.host, block, *name), "wrong bytes");
+    }
+    assert_eq!((b.peers.stats().read, objects.stats().read), (6, 2));
+}
+
+#[test]
+fn bad_settings_are_named() {
+    let worker = Worker::start("settings", 7, PeerTierConfig::default());
+    let start = |config| {
+        let parts = PeerParts {
+            control: worker.control.clone(),
+            agent: worker.agents[1].clone(),
+            host: Arc::clone(&worker.host),
+            fingerprint: Fingerprint::of(7, worker.host.layout(), 0, 1),
+        };
+        PeerTier::start(parts, config)
+            .map(drop)
+            .unwrap_err()
+            .to_string()
+    };
+    let config = PeerTierConfig {
+        lease_wait: Duration::ZERO,
+        ..PeerTierConfig::default()
+    };
+    assert_eq!(start(config), "lease_wait is 0; accepted: more than 0");
+    let foreign = worker.peers.lend(worker.pool.clone()).unwrap_err();
+    assert!(foreign.to_string().contains("not that of this tier"));
+    let none = PeerTierConfig {
+        peers_max: 0,
+        ..PeerTierConfig::default()
+    };
+    let lonely = Worker::start("lonely", 7, none);
+    let refused = lonely
+        .peers
+        .add_peer(&worker.control.metadata())
+        .unwrap_err();
+    assert!(refused.to_string().contains("at most 0"), "{refused}");
 }

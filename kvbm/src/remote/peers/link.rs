@@ -379,13 +379,15 @@ fn announce(
         }
         let (seen, source) = told.source.as_mut()?;
         if let Poll::Ready(Some(batch)) = source.poll_next(context) {
-            parts.extend(told.outbox.begin(now, batch, core.config.names_max));
-            *seen = told.outbox.target();
+            let first = told.outbox.begin(now, batch, core.config.names_max);
             told.announce_at = now + core.config.announce_every;
-            if parts.is_empty() {
+            if first.is_none() {
                 // A snapshot is next.
+                told.source = None;
                 return Some(told.announce_at);
             }
+            *seen = told.outbox.target();
+            parts.extend(first);
         }
     }
     out.extend(

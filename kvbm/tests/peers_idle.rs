@@ -1,0 +1,68 @@
+//! A peer tier without work sleeps. Alone in its process: it counts how often threads wake up.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+#![expect(clippy::disallowed_methods, reason = "nothing happens meanwhile")]
+
+use std::{fs, sync::Arc, thread, time::Duration};
+
+use blockplane_kvbm::{
+    BlockPool, Fingerprint, KvArena, PeerParts, PeerTier, PeerTierConfig, PoolConfig,
+};
+use blockplane_protocol::{DType, KvLayout};
+use blockplane_transfer::{Agent, AgentConfig};
+
+fn tier(name: &str) -> (Arc<PeerTier>, Agent) {
+    let agent = Agent::new(AgentConfig::new(name)).unwrap();
+    let layout = KvLayout::dense(2, 2, 8, 4, DType::F16);
+    let host = KvArena::allocate(&agent, layout.clone(), 8, "g2").unwrap();
+    let parts = PeerParts {
+        control: agent.clone(),
+        agent: agent.clone(),
+        host: Arc::clone(&host),
+        fingerprint: Fingerprint::of(1, &layout, 0, 1),
+    };
+    let tier = PeerTier::start(parts, PeerTierConfig::default()).unwrap();
+    tier.lend(BlockPool::new(host, PoolConfig::default()))
+        .unwrap();
+    (tier, agent)
+}
+
+#[test]
+fn idle_threads_hardly_wake_up() {
+    let (one, agent) = tier("one");
+    thread::sleep(Duration::from_millis(100));
+    let before = switches();
+    assert_eq!(before.0, 3);
+    thread::sleep(Duration::from_millis(500));
+    assert_eq!(switches(), before, "without peers nothing is looked at");
+
+    let (other, its) = tier("other");
+    one.add_peer(&its.metadata()).unwrap();
+    other.add_peer(&agent.metadata()).unwrap();
+    while one.stats().usable + other.stats().usable < 2 {
+        thread::sleep(Duration::from_millis(5));
+    }
+    thread::sleep(Duration::from_millis(700));
+    let before = switches();
+    assert_eq!(before.0, 6);
+    thread::sleep(Duration::from_secs(1));
+    // Each looks for losses ten times a second.
+    let woken = switches().1 - before.1;
+    assert!(woken <= 24, "{woken} times");
+}
+
+/// Threads of the tiers, and how often they slept so far.
+fn switches() -> (usize, u64) {
+    let (mut threads, mut sum) = (0, 0);
+    for task in fs::read_dir("/proc/self/task").unwrap().flatten() {
+        let name = fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+        if name.starts_with("kvbm-peers") {
+            let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+            let key = "voluntary_ctxt_switches:";
+            let count = status.lines().find_map(|line| line.strip_prefix(key));
+            sum += count.unwrap().trim().parse::<u64>().unwrap();
+            threads += 1;
+        }
+    }
+    (threads, sum)
+}
