@@ -20,7 +20,7 @@ use blockplane_kvbm::{
 use blockplane_protocol::{
     DType, DpRank, KvLayout, LayoutOrder, SaltHash, TokenBlock, TokenSequence,
 };
-use blockplane_transfer::{Agent, AgentConfig, ObjectConfig, ObjectLocation};
+use blockplane_transfer::{Agent, AgentConfig, FaultConfig, ObjectConfig, ObjectLocation};
 
 const RANK: DpRank = DpRank(0);
 const SOON: Duration = Duration::from_secs(20);
@@ -85,7 +85,21 @@ struct Worker {
 
 impl Worker {
     fn start(name: &str, model: u64, config: PeerTierConfig) -> Self {
-        let agent = |kind: &str| Agent::new(AgentConfig::new(format!("{name}-{kind}"))).unwrap();
+        Self::start_with(name, model, config, None)
+    }
+
+    /// On links that lose, delay and break what is sent.
+    fn start_with(
+        name: &str,
+        model: u64,
+        config: PeerTierConfig,
+        faults: Option<FaultConfig>,
+    ) -> Self {
+        let agent = |kind: &str| {
+            let mut config = AgentConfig::new(format!("{name}-{kind}"));
+            config.faults = faults.clone().filter(|_| kind != "engine");
+            Agent::new(config).unwrap()
+        };
         let (engine, own, control) = (agent("engine"), agent("kvbm"), agent("control"));
         let layout = layout(LayoutOrder::LayerFirst);
         let arena = KvArena::allocate(&engine, layout.clone(), 16, "kv").unwrap();
@@ -401,4 +415,61 @@ fn bad_settings_are_named() {
         .add_peer(&worker.control.metadata())
         .unwrap_err();
     assert!(refused.to_string().contains("at most 0"), "{refused}");
+}
+
+#[test]
+fn bad_links_cost_blocks_and_never_bytes() {
+    let quick = PeerTierConfig {
+        lease_time: Duration::from_secs(1),
+        ..PeerTierConfig::default()
+    };
+    let time = Duration::from_millis(300);
+    let (mut moved, mut lost) = (0, 0);
+    for seed in 0..12 {
+        let mut faults = FaultConfig::seeded(seed);
+        faults.loss = 0.15;
+        faults.delay = 0.4;
+        faults.delay_max = Duration::from_millis(20);
+        faults.torn = 0.1;
+        faults.disconnect = 0.01;
+        let start = |name: &str| {
+            Worker::start_with(&format!("{name}-{seed}"), 7, quick, Some(faults.clone()))
+        };
+        let (a, b) = (start("bad-a"), start("bad-b"));
+        let prompt = prompt(10, 8);
+        let names = prompt.blocks();
+        // Offloading needs a good link inside the worker: G2 is filled here.
+        let pool = a.manager.host();
+        let blocks = pool.allocate(names.len()).unwrap().into_iter().zip(names);
+        let mut parent = None;
+        for (block, name) in blocks {
+            fill(&a.host, block.id().0, *name);
+            drop(block.complete(*name, parent).register());
+            parent = Some(name.sequence);
+        }
+        b.meets(&a);
+        for turn in 0..8 {
+            if turn % 3 == 0 {
+                eventually("B knows what A has", || b.knows(&prompt));
+            }
+            let started = Instant::now();
+            let report = b.peers.run(&spec(names, 0, time));
+            assert!(started.elapsed() < time + Duration::from_millis(800));
+            for ((block, name), outcome) in (0..).zip(names).zip(&report.outcomes) {
+                match outcome {
+                    BlockOutcome::Moved => {
+                        moved += 1;
+                        assert!(holds(&b.host, block, *name), "seed {seed}: wrong bytes");
+                    }
+                    BlockOutcome::Invalid(Invalid::Missing) | BlockOutcome::Failed(_) => lost += 1,
+                    other => panic!("seed {seed}: {other:?}"),
+                }
+            }
+            if let Some(pending) = report.pending {
+                pending.wait();
+            }
+        }
+        eventually("all is given back", || a.peers.stats().held == 0);
+    }
+    assert!(moved > 100 && lost > 10, "{moved} moved, {lost} lost");
 }

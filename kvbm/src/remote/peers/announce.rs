@@ -403,7 +403,7 @@ mod tests {
                     let at = if calm {
                         0
                     } else {
-                        dice(there.len() as u64) as usize
+                        usize::try_from(dice(there.len() as u64)).unwrap()
                     };
                     let answer = inbox.take(&there.remove(at));
                     for _ in 0..if calm { 1 } else { dice(3) } {
@@ -414,7 +414,7 @@ mod tests {
                     let at = if calm {
                         0
                     } else {
-                        dice(back.len() as u64) as usize
+                        usize::try_from(dice(back.len() as u64)).unwrap()
                     };
                     there.extend(outbox.have(now, back.remove(at)));
                 }
