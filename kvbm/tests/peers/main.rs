@@ -93,11 +93,11 @@ impl Worker {
         name: &str,
         model: u64,
         config: PeerTierConfig,
-        faults: Option<FaultConfig>,
+        faults: Option<&FaultConfig>,
     ) -> Self {
         let agent = |kind: &str| {
             let mut config = AgentConfig::new(format!("{name}-{kind}"));
-            config.faults = faults.clone().filter(|_| kind != "engine");
+            config.faults = faults.filter(|_| kind != "engine").cloned();
             Agent::new(config).unwrap()
         };
         let (engine, own, control) = (agent("engine"), agent("kvbm"), agent("control"));
@@ -432,9 +432,8 @@ fn bad_links_cost_blocks_and_never_bytes() {
         faults.delay_max = Duration::from_millis(20);
         faults.torn = 0.1;
         faults.disconnect = 0.01;
-        let start = |name: &str| {
-            Worker::start_with(&format!("{name}-{seed}"), 7, quick, Some(faults.clone()))
-        };
+        let start =
+            |name: &str| Worker::start_with(&format!("{name}-{seed}"), 7, quick, Some(&faults));
         let (a, b) = (start("bad-a"), start("bad-b"));
         let prompt = prompt(10, 8);
         let names = prompt.blocks();

@@ -33,7 +33,7 @@ fn metadata(line: &str) -> Metadata {
 /// Not a test: a lender. Says who it is, hears who its peer is, lends until it is killed or its
 /// standard input closes.
 #[test]
-#[ignore = "started by the test of this file"]
+#[ignore = "started by the tests of this file"]
 fn lender_process() {
     let name = format!("lender-{}", std::process::id());
     let worker = Worker::start(&name, 7, PeerTierConfig::default());
@@ -45,32 +45,50 @@ fn lender_process() {
     while lines.next().is_some() {}
 }
 
-struct Lender {
+/// Not a test: a reader that reads without end what the lender of the other test process has.
+#[test]
+#[ignore = "started by the tests of this file"]
+fn reader_process() {
+    let name = format!("reader-{}", std::process::id());
+    let worker = Worker::start(&name, 7, PeerTierConfig::default());
+    println!("reader {}", hex(&worker.control.metadata().to_bytes()));
+    let mut lines = std::io::stdin().lines();
+    let peer = lines.next().unwrap().unwrap();
+    worker.peers.add_peer(&metadata(&peer)).unwrap();
+    // Until it is killed.
+    let until = Instant::now() + Duration::from_secs(60);
+    while Instant::now() < until {
+        // It may be stopped in between.
+        if !read_unhurried(&worker) {
+            std::thread::park_timeout(Duration::from_millis(5));
+        }
+    }
+}
+
+/// The other process.
+struct Other {
     child: Child,
 }
 
-impl Lender {
-    fn start(reader: &Worker) -> Self {
-        let arguments = [
-            "--ignored",
-            "--exact",
-            "process::lender_process",
-            "--nocapture",
-        ];
+impl Other {
+    fn start(kind: &str, own: &Worker) -> Self {
+        let test = format!("process::{kind}_process");
+        let arguments = ["--ignored", "--exact", &test, "--nocapture"];
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
+        let word = format!("{kind} ");
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let line = lines
             .map_while(Result::ok)
-            .find_map(|line| line.split_once("lender ").map(|(_, hex)| hex.to_owned()));
-        reader.peers.add_peer(&metadata(&line.unwrap())).unwrap();
+            .find_map(|line| line.split_once(&word).map(|(_, hex)| hex.to_owned()));
+        own.peers.add_peer(&metadata(&line.unwrap())).unwrap();
         let stdin = child.stdin.as_mut().unwrap();
-        let own = hex(&reader.control.metadata().to_bytes());
-        writeln!(stdin, "{own}").unwrap();
+        let address = hex(&own.control.metadata().to_bytes());
+        writeln!(stdin, "{address}").unwrap();
         stdin.flush().unwrap();
         Self { child }
     }
@@ -83,7 +101,7 @@ impl Lender {
     }
 }
 
-impl Drop for Lender {
+impl Drop for Other {
     fn drop(&mut self) {
         // It may be dead already.
         let _ = self.child.kill();
@@ -94,10 +112,15 @@ impl Drop for Lender {
 /// Reads the lender's prompt: whether all of it came. What came is right, and it takes no longer
 /// than it may.
 fn read(reader: &Worker) -> bool {
-    let prompt = prompt(9, 8);
     let started = Instant::now();
-    let report = reader.peers.run(&spec(prompt.blocks(), 0, TIME));
+    let all = read_unhurried(reader);
     assert!(started.elapsed() < TIME + SLACK, "{:?}", started.elapsed());
+    all
+}
+
+fn read_unhurried(reader: &Worker) -> bool {
+    let prompt = prompt(9, 8);
+    let report = reader.peers.run(&spec(prompt.blocks(), 0, TIME));
     assert_eq!(report.outcomes.len(), 8);
     for ((block, name), outcome) in (0..).zip(prompt.blocks()).zip(&report.outcomes) {
         match outcome {
@@ -119,7 +142,7 @@ fn lenders_that_stop_or_die_cost_the_time_of_a_move() {
     let reader = Worker::start("survivor", 7, PeerTierConfig::default());
     let prompt = prompt(9, 8);
     for round in 0..4_u64 {
-        let lender = Lender::start(&reader);
+        let lender = Other::start("lender", &reader);
         eventually("it is known what the lender has", || reader.knows(&prompt));
         assert!(read(&reader));
         let stops = round % 2 == 0;
@@ -149,5 +172,38 @@ fn lenders_that_stop_or_die_cost_the_time_of_a_move() {
         }
         drop(lender);
         eventually("its names go with it", || reader.peers.is_empty());
+    }
+}
+
+/// A reader that stops in the middle keeps what it may still be copying until it goes on or dies: its
+/// mapping cannot be taken from it.
+#[test]
+fn readers_that_stop_or_die_give_everything_back() {
+    let own = Worker::start("owner", 7, PeerTierConfig::default());
+    own.compute(&prompt(9, 8));
+    for round in 0..6_u64 {
+        let reader = Other::start("reader", &own);
+        let before = own.peers.stats();
+        eventually("it reads", || own.peers.stats().lent > before.lent + 80);
+        std::thread::park_timeout(Duration::from_micros(300 + round * 1700));
+        match round % 3 {
+            0 => reader.signal("-KILL"),
+            1 => {
+                reader.signal("-STOP");
+                eventually("it is lost", || own.peers.stats().lost > before.lost);
+                reader.signal("-KILL");
+            }
+            _ => {
+                reader.signal("-STOP");
+                eventually("it is lost", || own.peers.stats().lost > before.lost);
+                reader.signal("-CONT");
+                let lent = own.peers.stats().lent;
+                eventually("it reads again", || own.peers.stats().lent > lent);
+                reader.signal("-KILL");
+            }
+        }
+        eventually("all is given back", || own.peers.stats().held == 0);
+        assert_eq!(own.manager.host().stats().active, 0);
+        drop(reader);
     }
 }

@@ -9,6 +9,8 @@ mod announce;
 mod borrow;
 mod codec;
 mod lend;
+#[cfg(test)]
+mod liar;
 mod link;
 
 use std::{
