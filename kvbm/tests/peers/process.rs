@@ -59,7 +59,7 @@ fn reader_process() {
     let until = Instant::now() + Duration::from_secs(60);
     while Instant::now() < until {
         // It may be stopped in between.
-        if !read_unhurried(&worker) {
+        if !read_unhurried(&worker).0 {
             std::thread::park_timeout(Duration::from_millis(5));
         }
     }
@@ -112,15 +112,17 @@ impl Drop for Other {
 /// Reads the lender's prompt: whether all of it came. What came is right, and it takes no longer
 /// than it may.
 fn read(reader: &Worker) -> bool {
-    let started = Instant::now();
-    let all = read_unhurried(reader);
-    assert!(started.elapsed() < TIME + SLACK, "{:?}", started.elapsed());
+    let (all, took) = read_unhurried(reader);
+    assert!(took < TIME + SLACK, "{took:?}");
     all
 }
 
-fn read_unhurried(reader: &Worker) -> bool {
+/// The same in any time, and how long the move took. What is pending after it is waited for.
+fn read_unhurried(reader: &Worker) -> (bool, Duration) {
     let prompt = prompt(9, 8);
+    let started = Instant::now();
     let report = reader.peers.run(&spec(prompt.blocks(), 0, TIME));
+    let took = started.elapsed();
     assert_eq!(report.outcomes.len(), 8);
     for ((block, name), outcome) in (0..).zip(prompt.blocks()).zip(&report.outcomes) {
         match outcome {
@@ -134,7 +136,7 @@ fn read_unhurried(reader: &Worker) -> bool {
         assert!(!all);
         pending.wait();
     }
-    all
+    (all, took)
 }
 
 #[test]
