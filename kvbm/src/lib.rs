@@ -84,7 +84,9 @@ pub use admit::{
 };
 #[cfg(not(loom))]
 pub use arena::{ArenaError, ArenaPlace, KvArena};
-pub use block::{CompleteBlock, ImmutableBlock, MutableBlock, Quarantine};
+pub use block::{
+    CompleteBlock, HeldBlocks, ImmutableBlock, LeasedBlocks, MutableBlock, Quarantine,
+};
 pub use events::{
     Consolidation, EventFeed, EventHub, EventSubscription, JoinError, KvBatch, KvSnapshot,
 };

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use blockplane_kvbm::{
-    BlockPool, ImmutableBlock, MutableBlock,
+    BlockPool, HeldBlocks, ImmutableBlock, LeasedBlocks,
     tier::{MoveId, MoveReport, MoveSpec, OnboardId, Onboarded, PerTier, Tiers},
 };
 use blockplane_protocol::{DpRank, TokenBlock};
@@ -48,7 +48,7 @@ struct Loading {
     /// One for each block found; `None` where it lay below G1.
     found: Vec<Option<ImmutableBlock>>,
     /// For the blocks that lay below, and then for those that must be computed.
-    targets: Vec<MutableBlock>,
+    targets: LeasedBlocks,
 }
 
 impl<'a, W: World> Driver<'a, W> {
@@ -153,7 +153,7 @@ impl<'a, W: World> Driver<'a, W> {
         let (now, names) = (self.now, asked.blocks);
         let Some(tiers) = &mut self.tiers else {
             let found = self.device.match_prefix(names);
-            let Ok(targets) = self.device.allocate(names.len() - found.len()) else {
+            let Ok(targets) = self.device.lease(names.len() - found.len()) else {
                 return self.too_long(asked);
             };
             self.hits.device += found.len() as u64;
@@ -163,7 +163,7 @@ impl<'a, W: World> Driver<'a, W> {
         };
         let mut found = tiers.find(now, RANK, names);
         let lower = found.lower();
-        let Ok(targets) = self.device.allocate(names.len() - found.device()) else {
+        let Ok(targets) = self.device.lease(names.len() - found.device()) else {
             drop(found);
             return self.too_long(asked);
         };
@@ -173,7 +173,7 @@ impl<'a, W: World> Driver<'a, W> {
             let here = found.len();
             self.finish(names, found, targets, here)?;
         } else {
-            let ids = targets[..lower].iter().map(MutableBlock::id).collect();
+            let ids = targets.ids()[..lower].to_vec();
             let loading = Loading {
                 request: number,
                 found: found.take_device(),
@@ -279,7 +279,7 @@ impl<'a, W: World> Driver<'a, W> {
         &mut self,
         names: &[TokenBlock],
         found: Vec<Option<ImmutableBlock>>,
-        targets: Vec<MutableBlock>,
+        targets: LeasedBlocks,
         loaded: usize,
     ) -> anyhow::Result<()> {
         let held = self.compute(names, found, targets, loaded)?;
@@ -294,39 +294,34 @@ impl<'a, W: World> Driver<'a, W> {
         Ok(())
     }
 
-    /// Registers all blocks of a request in G1.
+    /// Registers all blocks of a request in G1. Those that were there are given up first.
     fn compute(
         &mut self,
         names: &[TokenBlock],
         mut found: Vec<Option<ImmutableBlock>>,
-        targets: Vec<MutableBlock>,
+        targets: LeasedBlocks,
         loaded: usize,
-    ) -> anyhow::Result<Vec<ImmutableBlock>> {
-        let mut targets = targets.into_iter();
-        let mut held = Vec::with_capacity(names.len());
-        let mut new = Vec::with_capacity(targets.len());
-        let mut parent = None;
-        for (at, name) in names.iter().enumerate() {
-            let here = found.get_mut(at).and_then(Option::take);
+    ) -> anyhow::Result<(Vec<ImmutableBlock>, HeldBlocks)> {
+        found.resize_with(names.len(), || None);
+        let mut slots = targets.ids().iter();
+        for (at, (name, here)) in names.iter().zip(&found).enumerate() {
             match here {
-                Some(block) => {
-                    self.world.loaded(block.id(), *name)?;
-                    held.push(block);
-                }
+                Some(block) => self.world.loaded(block.id(), *name)?,
                 None => {
-                    let block = targets.next().context("a block without a target")?;
+                    let slot = *slots.next().context("a block without a target")?;
                     if at < loaded {
-                        self.world.loaded(block.id(), *name)?;
+                        self.world.loaded(slot, *name)?;
                     } else {
-                        self.world.computed(block.id(), *name)?;
+                        self.world.computed(slot, *name)?;
                     }
-                    new.push(block.complete(*name, parent));
                 }
             }
-            parent = Some(name.sequence);
         }
-        held.extend(BlockPool::register(new));
-        Ok(held)
+        let parents = names.iter().map(|name| Some(name.sequence));
+        let chain = names.iter().zip(std::iter::once(None).chain(parents));
+        let new = chain.zip(&found).filter(|(_, here)| here.is_none());
+        let new = targets.register(new.map(|((name, parent), _)| (*name, parent)));
+        Ok((found.into_iter().flatten().collect(), new))
     }
 }
 

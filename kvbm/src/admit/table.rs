@@ -105,8 +105,8 @@ impl Table {
 
 /// Names are hashes, but some of their bits may have chosen a shard already.
 const fn hash(name: u64) -> u64 {
-    let product = name as u128 * 0x9e37_79b9_7f4a_7c15;
-    (product >> 64) as u64 ^ product as u64
+    let mixed = name.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    mixed ^ mixed >> 32
 }
 
 #[cfg(test)]

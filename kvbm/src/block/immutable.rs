@@ -10,14 +10,18 @@ use crate::pool::{Found, Shared};
 /// after the last is dropped the block is inactive: still found by its hash until it is evicted.
 #[must_use = "dropping the handle makes the block evictable"]
 pub struct ImmutableBlock {
-    pool: Arc<Shared>,
+    /// `None` once the share has gone elsewhere.
+    pool: Option<Arc<Shared>>,
     found: Found,
 }
 
 impl ImmutableBlock {
     /// A share that the pool has counted already.
     pub(crate) fn counted(pool: Arc<Shared>, found: Found) -> Self {
-        Self { pool, found }
+        Self {
+            pool: Some(pool),
+            found,
+        }
     }
 
     /// Its place in the pool's arena.
@@ -50,30 +54,38 @@ impl ImmutableBlock {
     ///
     /// For a [victim](crate::BlockPool::victims) that has been moved elsewhere.
     pub fn forget_unshared(self) -> bool {
-        self.pool.withdraw(self.id(), self.hash(), 1)
+        self.pool().withdraw(self.id(), self.hash(), 1)
     }
 
     /// Takes the name away, for all, and the slot out of use for good: it is
     /// [retired](crate::PoolStats::retired) when its last holder is gone. For a block that cannot be
     /// read back. Emits `Removed`.
     pub fn retire(self) {
-        self.pool.condemn(self.id(), self.hash());
+        self.pool().condemn(self.id(), self.hash());
+    }
+
+    pub(crate) fn pool(&self) -> &Arc<Shared> {
+        self.pool.as_ref().expect("a live share names its pool")
+    }
+
+    /// Gives up the handle without giving up the share: the caller has it now.
+    pub(crate) fn dissolve(mut self) -> (Option<Arc<Shared>>, Found) {
+        (self.pool.take(), self.found)
     }
 }
 
 impl Clone for ImmutableBlock {
     fn clone(&self) -> Self {
-        self.pool.retain(self.id());
-        Self {
-            pool: Arc::clone(&self.pool),
-            found: self.found,
-        }
+        self.pool().retain(self.id());
+        Self::counted(Arc::clone(self.pool()), self.found)
     }
 }
 
 impl Drop for ImmutableBlock {
     fn drop(&mut self) {
-        self.pool.release(self.id(), self.hash());
+        if let Some(pool) = &self.pool {
+            pool.release(self.id(), self.hash());
+        }
     }
 }
 

@@ -41,11 +41,25 @@
 //! registered.complete(prompt.blocks()[0], None);
 //! ```
 
+mod batch;
 mod immutable;
 mod mutable;
 mod quarantine;
 
+pub use batch::{HeldBlocks, LeasedBlocks};
 pub use immutable::ImmutableBlock;
 pub(crate) use mutable::Lease;
 pub use mutable::{CompleteBlock, MutableBlock};
 pub use quarantine::Quarantine;
+
+use blockplane_protocol::{SequenceHash, TokenBlock};
+
+/// Invariant 2: a block is found under the name of its own tokens.
+fn assert_named(hashes: TokenBlock, parent: Option<SequenceHash>) {
+    assert!(
+        SequenceHash::extend(parent, hashes.block) == hashes.sequence,
+        "invariant 2: block {} after {parent:?} is not sequence {}",
+        hashes.block,
+        hashes.sequence,
+    );
+}

@@ -51,12 +51,7 @@ impl MutableBlock {
     /// When `hashes.sequence` is not the hash of `hashes.block` after `parent`: the block would be
     /// found under a name that is not its own (invariant 2).
     pub fn complete(self, hashes: TokenBlock, parent: Option<SequenceHash>) -> CompleteBlock {
-        assert!(
-            SequenceHash::extend(parent, hashes.block) == hashes.sequence,
-            "invariant 2: block {} after {parent:?} is not sequence {}",
-            hashes.block,
-            hashes.sequence,
-        );
+        super::assert_named(hashes, parent);
         CompleteBlock {
             lease: self.lease,
             hashes,

@@ -139,6 +139,28 @@ fn loom_the_last_holder_frees_once() {
     });
 }
 
+/// Blocks behind one handle, of which one has a name that another thread registers too.
+#[test]
+fn loom_blocks_of_one_handle_have_one_owner_each() {
+    loom::model(|| {
+        let pool = pool(3);
+        let names = names(2);
+        let other = thread::spawn({
+            let (pool, name) = (pool.clone(), names[0]);
+            move || drop(register(&pool, name))
+        });
+        let leased = pool.lease(2).unwrap();
+        let held = leased.register([(names[0], None), (names[1], Some(names[0].sequence))]);
+        let again = pool.hold(&names);
+        assert!(held.ids().eq(again.ids()));
+        other.join().unwrap();
+        drop(held);
+        assert_eq!(pool.stats().active, 2);
+        drop(again);
+        assert_eq!((pool.stats().cached, pool.stats().free), (2, 1));
+    });
+}
+
 /// A block leaves one tier and comes to another: whoever subscribes at any moment knows in the end
 /// where it is.
 #[test]

@@ -15,7 +15,9 @@ pub use config::{PoolConfig, PoolExhausted, PoolStats};
 #[cfg(not(loom))]
 use crate::arena::KvArena;
 use crate::{
-    block::{CompleteBlock, ImmutableBlock, Lease, MutableBlock, Quarantine},
+    block::{
+        CompleteBlock, HeldBlocks, ImmutableBlock, Lease, LeasedBlocks, MutableBlock, Quarantine,
+    },
     events::{EventFeed, EventHub, JoinError},
     evict::{EvictionKind, EvictionPolicy},
 };
@@ -106,6 +108,33 @@ impl BlockPool {
         self.shared.allocate(n)
     }
 
+    /// [`BlockPool::allocate`] behind one handle: for those who fill blocks together.
+    ///
+    /// # Errors
+    /// [`PoolExhausted`] when fewer are free or inactive. Nothing is evicted then.
+    pub fn lease(&self, n: usize) -> Result<LeasedBlocks, PoolExhausted> {
+        let ids = self.shared.lease(n)?;
+        Ok(LeasedBlocks::counted(Arc::clone(&self.shared), ids))
+    }
+
+    /// Takes as many blocks as there are, `n` at most. Says how many were evicted for that.
+    pub(crate) fn lease_up_to(&self, n: usize) -> (LeasedBlocks, usize) {
+        let (ids, evicted) = self.shared.lease_up_to(n);
+        (
+            LeasedBlocks::counted(Arc::clone(&self.shared), ids),
+            evicted,
+        )
+    }
+
+    /// Holds those of `names` that are here, in order, behind one handle.
+    pub fn hold(&self, names: &[TokenBlock]) -> HeldBlocks {
+        let found = self.shared.hold(|store, found| {
+            found.reserve(names.len());
+            found.extend(names.iter().filter_map(|name| store.acquire(name.sequence)));
+        });
+        HeldBlocks::counted(Arc::clone(&self.shared), found)
+    }
+
     /// Holds the longest prefix of `blocks` that is here, in order.
     #[must_use = "dropping the blocks makes them evictable"]
     pub fn match_prefix(&self, blocks: &[TokenBlock]) -> Vec<ImmutableBlock> {
@@ -155,6 +184,27 @@ impl BlockPool {
         let books = self.shared.books();
         let names = names.into_iter();
         names.map(|name| books.store.contains(name)).collect()
+    }
+
+    /// The place of the first of `names` that is here.
+    pub(crate) fn first_present(&self, names: &[TokenBlock]) -> Option<usize> {
+        let books = self.shared.books();
+        let here = |name: &TokenBlock| books.store.contains(name.sequence);
+        names.iter().position(here)
+    }
+
+    /// Leaves those of `names` that are not here, and returns the others.
+    pub(crate) fn split_present(&self, names: &mut Vec<TokenBlock>) -> Vec<TokenBlock> {
+        let books = self.shared.books();
+        let mut present = Vec::new();
+        names.retain(|name| {
+            let here = books.store.contains(name.sequence);
+            if here {
+                present.push(*name);
+            }
+            !here
+        });
+        present
     }
 
     /// Counts as a use of those of `names` that are here, without holding them.

@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use blockplane_protocol::{BlockId, DpRank, SequenceHash, Tier, TokenBlock};
+use blockplane_protocol::{BlockId, DpRank, SequenceHash, StoredBlock, Tier, TokenBlock};
 
 use super::{
     PoolConfig, PoolExhausted,
@@ -87,19 +87,37 @@ impl Shared {
     }
 
     pub(super) fn allocate(self: &Arc<Self>, n: usize) -> Result<Vec<MutableBlock>, PoolExhausted> {
-        let mut blocks = Vec::with_capacity(n.min(self.blocks));
+        let lease = |id| MutableBlock::new(Lease::new(Arc::clone(self), id));
+        Ok(self.lease(n)?.into_iter().map(lease).collect())
+    }
+
+    pub(super) fn lease(&self, n: usize) -> Result<Vec<BlockId>, PoolExhausted> {
+        self.take(|_| n).map(|(ids, _)| ids)
+    }
+
+    /// As many blocks as there are, `n` at most, and how many were evicted for them.
+    pub(super) fn lease_up_to(&self, n: usize) -> (Vec<BlockId>, usize) {
+        let taken = self.take(|store| store.available().min(n));
+        taken.expect("it takes what is available")
+    }
+
+    fn take(
+        &self,
+        wanted: impl FnOnce(&Store) -> usize,
+    ) -> Result<(Vec<BlockId>, usize), PoolExhausted> {
         let mut wakeups = Wakeups::default();
-        {
+        let taken = {
             let Books { store, memberships } = &mut *self.books();
-            let evicted = store.allocate(n, |id| {
-                blocks.push(MutableBlock::new(Lease::new(Arc::clone(self), id)));
-            })?;
+            let wanted = wanted(store);
+            let mut ids = Vec::with_capacity(wanted.min(self.blocks));
+            let evicted = store.allocate(wanted, |id| ids.push(id))?;
             if !evicted.is_empty() {
                 tell(memberships, Change::Removed(evicted), &mut wakeups);
             }
-        }
+            (ids, evicted.len())
+        };
         wakeups.fire();
-        Ok(blocks)
+        Ok(taken)
     }
 
     /// Handles of the blocks that `hold` held.
@@ -107,12 +125,17 @@ impl Shared {
         self: &Arc<Self>,
         hold: impl FnOnce(&mut Store, &mut Vec<Found>),
     ) -> Vec<ImmutableBlock> {
+        let found = self.hold(hold).into_iter();
+        found
+            .map(|found| ImmutableBlock::counted(Arc::clone(self), found))
+            .collect()
+    }
+
+    /// The blocks that `hold` held.
+    pub(super) fn hold(&self, hold: impl FnOnce(&mut Store, &mut Vec<Found>)) -> Vec<Found> {
         let mut found = Vec::new();
         hold(&mut self.books().store, &mut found);
         found
-            .into_iter()
-            .map(|found| ImmutableBlock::counted(Arc::clone(self), found))
-            .collect()
     }
 
     pub(crate) fn register(block: CompleteBlock) -> ImmutableBlock {
@@ -121,7 +144,7 @@ impl Shared {
         let mut wakeups = Wakeups::default();
         let found = {
             let Books { store, memberships } = &mut *pool.books();
-            match store.register(own, hashes, parent) {
+            match store.register(own, hashes, parent, None) {
                 Registered::New => {
                     let stored = [(parent, stored_block(hashes))];
                     tell(memberships, Change::Stored(&stored), &mut wakeups);
@@ -133,6 +156,66 @@ impl Shared {
         };
         wakeups.fire();
         ImmutableBlock::counted(block.into_lease().dissolve(), found)
+    }
+
+    /// Registers leased blocks under the names that come with them, and says which block each name
+    /// has.
+    pub(crate) fn register_leased(&self, blocks: &mut [Found]) {
+        let mut wakeups = Wakeups::default();
+        {
+            let Books { store, memberships } = &mut *self.books();
+            let mut stored = Vec::new();
+            let mut before = None;
+            for block in blocks {
+                block.id = register(
+                    store,
+                    block,
+                    &mut before,
+                    !memberships.is_empty(),
+                    &mut stored,
+                );
+            }
+            if !stored.is_empty() {
+                tell(memberships, Change::Stored(&stored), &mut wakeups);
+            }
+        }
+        wakeups.fire();
+    }
+
+    /// Registers those of `leased` that are copies under the names of their sources, and lets them
+    /// go; the others stay. `copied` says it for each source.
+    pub(crate) fn register_copies(
+        &self,
+        leased: &mut Vec<BlockId>,
+        sources: &[Found],
+        copied: impl Fn(usize) -> bool,
+    ) {
+        let mut wakeups = Wakeups::default();
+        {
+            let Books { store, memberships } = &mut *self.books();
+            let mut stored = Vec::new();
+            let mut registered = Vec::with_capacity(leased.len());
+            let mut before = None;
+            let mut at = 0..;
+            leased.retain(|&id| {
+                let at = at.next().expect("it does not end");
+                let copy = copied(at);
+                if copy {
+                    let block = Found { id, ..sources[at] };
+                    let told = !memberships.is_empty();
+                    let id = register(store, &block, &mut before, told, &mut stored);
+                    registered.push((id, block.hashes.sequence));
+                }
+                !copy
+            });
+            if !stored.is_empty() {
+                tell(memberships, Change::Stored(&stored), &mut wakeups);
+            }
+            for (id, name) in registered {
+                store.release(id, name);
+            }
+        }
+        wakeups.fire();
     }
 
     pub(super) fn register_all(blocks: Vec<CompleteBlock>) -> Vec<ImmutableBlock> {
@@ -153,7 +236,7 @@ impl Shared {
         {
             let Books { store, memberships } = &mut *pool.books();
             for (own, hashes, parent) in blocks.iter().map(CompleteBlock::parts) {
-                let id = match store.register(own, hashes, parent) {
+                let id = match store.register(own, hashes, parent, None) {
                     Registered::New => {
                         stored.push((parent, stored_block(hashes)));
                         own
@@ -261,9 +344,44 @@ impl Shared {
         self.books().store.retain(id);
     }
 
+    pub(crate) fn release_all(&self, blocks: &[Found]) {
+        let mut books = self.books();
+        for block in blocks {
+            books.store.release(block.id, block.hashes.sequence);
+        }
+    }
+
+    pub(crate) fn release_leases(&self, ids: &[BlockId]) {
+        let mut books = self.books();
+        ids.iter().for_each(|id| books.store.release_lease(*id));
+    }
+
     pub(crate) fn release(&self, id: BlockId, hash: SequenceHash) {
         self.books().store.release(id, hash);
     }
+}
+
+/// Registers a leased block and says which one its name has; `before` is the last one that came by
+/// here, and is often its parent. What is new is noted if it is `told` to somebody.
+fn register(
+    store: &mut Store,
+    block: &Found,
+    before: &mut Option<BlockId>,
+    told: bool,
+    stored: &mut Vec<(Option<SequenceHash>, StoredBlock)>,
+) -> BlockId {
+    let id = match store.register(block.id, block.hashes, block.parent, *before) {
+        Registered::New => {
+            if told {
+                stored.push((block.parent, stored_block(block.hashes)));
+            }
+            block.id
+        }
+        Registered::Private => block.id,
+        Registered::Duplicate(first) => first,
+    };
+    *before = Some(id);
+    id
 }
 
 /// The books of all `pools`, at one moment and in their order.

@@ -129,6 +129,11 @@ impl Slot {
         (self.parent_slot < BLOCKS_END).then_some(BlockId(self.parent_slot))
     }
 
+    /// Whether the registry finds it under `name`.
+    pub(super) fn is(&self, name: SequenceHash) -> bool {
+        self.name() == name && self.published()
+    }
+
     /// Whether the registry names it.
     pub(super) fn published(&self) -> bool {
         matches!(self.state(), State::Named | State::Inactive)

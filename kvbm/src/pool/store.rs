@@ -97,6 +97,11 @@ impl Store {
         stats
     }
 
+    /// Blocks that can be leased.
+    pub(crate) fn available(&self) -> usize {
+        self.free.len() + self.policy.len()
+    }
+
     /// Leases `wanted` blocks, all or none, and hands them to `lease` one by one. Returns the names
     /// of those that were evicted for that.
     pub(crate) fn allocate(
@@ -104,7 +109,7 @@ impl Store {
         wanted: usize,
         mut lease: impl FnMut(BlockId),
     ) -> Result<&[SequenceHash], PoolExhausted> {
-        let available = self.free.len() + self.policy.len();
+        let available = self.available();
         if wanted > available {
             return Err(PoolExhausted {
                 wanted,
@@ -151,19 +156,20 @@ impl Store {
         self.active += 1;
     }
 
-    /// Gives the leased block `id` its name, with one holder.
+    /// Gives the leased block `id` its name, with one holder. `parent_at` is where the parent may be.
     pub(crate) fn register(
         &mut self,
         id: BlockId,
         hashes: TokenBlock,
         parent: Option<SequenceHash>,
+        parent_at: Option<BlockId>,
     ) -> Registered {
         assert!(
             self.slots[id.index()].state() == State::Leased,
             "only a leased block is registered"
         );
         let outcome = if self.prefix_caching {
-            self.publish(id, hashes, parent)
+            self.publish(id, hashes, parent, parent_at)
         } else {
             self.slots[id.index()].fill(State::Unnamed, hashes, parent, None);
             Registered::Private
@@ -195,7 +201,7 @@ impl Store {
         if !free || !self.prefix_caching || self.contains(hashes.sequence) {
             return false;
         }
-        self.publish(id, hashes, parent);
+        self.publish(id, hashes, parent, None);
         self.make_inactive(id);
         true
     }
@@ -366,8 +372,12 @@ impl Store {
         id: BlockId,
         hashes: TokenBlock,
         parent: Option<SequenceHash>,
+        parent_at: Option<BlockId>,
     ) -> Registered {
-        let parent_slot = parent.and_then(|parent| self.named(parent));
+        let parent_slot = parent.and_then(|parent| {
+            let there = parent_at.filter(|id| self.slots[id.index()].is(parent));
+            there.or_else(|| self.named(parent))
+        });
         let slots = &self.slots;
         let entry = self.registry.entry(
             hashes.sequence.0,
@@ -418,13 +428,9 @@ impl Store {
     /// The slot of the block before the one in `slot`, if that is here under its name.
     fn parent_slot(&self, slot: &Slot) -> Option<BlockId> {
         let parent = slot.parent()?;
-        let is_parent = |id: &BlockId| {
-            let candidate = &self.slots[id.index()];
-            candidate.name() == parent && candidate.published()
-        };
         // Where it was may be overwritten; it may have been computed again elsewhere.
         slot.parent_slot()
-            .filter(is_parent)
+            .filter(|id| self.slots[id.index()].is(parent))
             .or_else(|| self.named(parent))
     }
 

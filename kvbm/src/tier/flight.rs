@@ -2,18 +2,15 @@
 
 use std::{sync::Arc, time::Duration};
 
-use blockplane_protocol::{BlockId, DpRank, Tier};
+use blockplane_protocol::{BlockId, DpRank, SequenceHash, Tier, TokenBlock};
 
 use super::{
-    moves::{BlockOutcome, MoveKind, MovedBlock},
+    moves::{BlockOutcome, MoveKind},
     onboard::NotLoaded,
     stats::{Dropped, Evicted},
     tiers::Tiers,
 };
-use crate::{
-    block::{CompleteBlock, ImmutableBlock, MutableBlock, Quarantine},
-    pool::BlockPool,
-};
+use crate::block::{CompleteBlock, HeldBlocks, ImmutableBlock, LeasedBlocks, Quarantine};
 
 /// A move under way: it holds what is copied and what is copied to.
 pub(super) struct Flight {
@@ -21,7 +18,8 @@ pub(super) struct Flight {
     pub(super) rank: DpRank,
     pub(super) started: Duration,
     pub(super) time: Duration,
-    pub(super) blocks: Vec<MovedBlock>,
+    /// Blocks that are moved.
+    pub(super) count: usize,
     pub(super) job: Job,
 }
 
@@ -29,8 +27,8 @@ pub(super) enum Job {
     Offload {
         rank: usize,
         priority: u32,
-        sources: Vec<ImmutableBlock>,
-        targets: Vec<MutableBlock>,
+        sources: HeldBlocks,
+        targets: LeasedBlocks,
     },
     /// Into targets that the onboard's owner holds.
     Load {
@@ -40,14 +38,16 @@ pub(super) enum Job {
     },
     Read {
         reads: Vec<u64>,
-        /// Empty when it is from G4.
-        sources: Vec<ImmutableBlock>,
-        targets: Vec<MutableBlock>,
+        /// The name of each, and that of its parent.
+        names: Vec<(TokenBlock, Option<SequenceHash>)>,
+        /// `None` when it is from G4.
+        sources: Option<HeldBlocks>,
+        targets: LeasedBlocks,
     },
     Write {
-        sources: Vec<ImmutableBlock>,
-        /// Empty when it is to G4.
-        targets: Vec<MutableBlock>,
+        sources: HeldBlocks,
+        /// `None` when it is to G4.
+        targets: Option<LeasedBlocks>,
         /// The sources leave G2 when they are written.
         demote: bool,
     },
@@ -66,7 +66,7 @@ pub(super) struct Parked {
     pub(super) tier: Tier,
     rank: Option<usize>,
     load: Option<(u64, Vec<u32>)>,
-    sources: Vec<ImmutableBlock>,
+    sources: Option<HeldBlocks>,
     bounces: Vec<Source>,
     targets: Option<Quarantine>,
 }
@@ -95,7 +95,7 @@ impl Tiers {
             tier,
             rank: None,
             load: None,
-            sources: Vec::new(),
+            sources: None,
             bounces: Vec::new(),
             targets: None,
         };
@@ -106,15 +106,14 @@ impl Tiers {
                 sources,
                 targets,
             } => {
-                let (complete, rest) = sort(&flight.blocks, targets, outcomes);
+                let rest = self.offloaded(now, rank, priority, &sources, targets, outcomes);
                 self.dropped(Dropped::Failed, rest.len());
-                self.stored(now, rank, priority, BlockPool::register(complete));
                 if quiet {
                     self.ranks[rank].held -= sources.len();
                 } else {
                     parked.rank = Some(rank);
-                    parked.sources = sources;
-                    parked.targets = Some(self.host.quarantine(rest));
+                    parked.sources = Some(sources);
+                    parked.targets = Some(self.host.quarantine(rest.into_each()));
                 }
             }
             Job::Load {
@@ -138,6 +137,7 @@ impl Tiers {
             }
             Job::Read {
                 reads,
+                names,
                 sources,
                 targets,
             } => {
@@ -145,16 +145,16 @@ impl Tiers {
                     if let BlockOutcome::Invalid(_) | BlockOutcome::Bad(_) = outcome
                         && let Some(disk) = self.disk.as_ref().filter(|_| tier == Tier::Disk)
                     {
-                        disk.pool.forget(flight.blocks[i].name.sequence);
+                        disk.pool.forget(names[i].0.sequence);
                     }
                 }
-                let rest = self.read_ended(now, &flight.blocks, &reads, targets, outcomes);
+                let rest = self.read_ended(now, &names, &reads, targets, outcomes);
                 if quiet {
                     drop(rest);
                     self.set_aside(sources, outcomes);
                 } else {
                     parked.sources = sources;
-                    parked.targets = Some(self.host.quarantine(rest));
+                    parked.targets = Some(self.host.quarantine(rest.into_each()));
                 }
             }
             Job::Write {
@@ -165,20 +165,19 @@ impl Tiers {
                 let moved = |outcome: &&BlockOutcome| **outcome == BlockOutcome::Moved;
                 let written = outcomes.iter().filter(moved).count();
                 self.dropped(Dropped::Failed, outcomes.len() - written);
-                if tier == Tier::Disk {
+                if let Some(mut targets) = targets {
                     self.stats.disk_bytes_written += written as u64 * self.block_bytes;
-                    let (complete, rest) = sort(&flight.blocks, targets, outcomes);
-                    drop(BlockPool::register(complete));
+                    targets.register_copies(&sources, |at| outcomes[at] == BlockOutcome::Moved);
                     if quiet {
-                        self.retire_bad(rest, outcomes);
+                        self.retire_bad(targets, outcomes);
                     } else if let Some(disk) = &self.disk {
-                        parked.targets = Some(disk.pool.quarantine(rest));
+                        parked.targets = Some(disk.pool.quarantine(targets.into_each()));
                     }
                 }
                 if !quiet {
-                    parked.sources = sources;
+                    parked.sources = Some(sources);
                 } else if demote {
-                    for (source, outcome) in sources.into_iter().zip(outcomes) {
+                    for (source, outcome) in sources.into_each().into_iter().zip(outcomes) {
                         if *outcome == BlockOutcome::Moved {
                             source.forget_unshared();
                         }
@@ -190,10 +189,38 @@ impl Tiers {
         (!quiet).then_some(parked)
     }
 
+    /// Blocks came into G2, or what stands in for it, from G1. Returns the targets that were not
+    /// filled.
+    fn offloaded(
+        &mut self,
+        now: Duration,
+        rank: usize,
+        priority: u32,
+        sources: &HeldBlocks,
+        mut targets: LeasedBlocks,
+        outcomes: &[BlockOutcome],
+    ) -> LeasedBlocks {
+        let moved = |at: usize| outcomes[at] == BlockOutcome::Moved;
+        if self.listed {
+            targets.register_copies(sources, moved);
+            let names = sources.names().enumerate().filter(|(at, _)| moved(*at));
+            let names: Vec<TokenBlock> = names.map(|(_, name)| name).collect();
+            self.offer_stored(now, rank, priority, &names);
+            return targets;
+        }
+        let (filled, rest) = targets.split(moved);
+        let found = sources.found().iter().enumerate();
+        let names = found.filter(|(at, _)| moved(*at));
+        let names = names.map(|(_, found)| (found.hashes, found.parent));
+        let blocks = filled.register(names).into_each();
+        self.bounced(now, rank, priority, blocks);
+        rest
+    }
+
     /// Lets go of what was kept out of use.
     pub(super) fn unpark(&mut self, now: Duration, parked: Parked) {
         if let Some(rank) = parked.rank {
-            self.ranks[rank].held -= parked.sources.len();
+            self.ranks[rank].held -= parked.sources.as_ref().map_or(0, HeldBlocks::len);
         }
         if let Some((onboard, at)) = parked.load {
             drop(parked.bounces);
@@ -203,12 +230,16 @@ impl Tiers {
 
     /// Slots whose contents were wrong are not written again in this run, as far as that leaves
     /// enough of them; those that cannot be read are never used again.
-    fn set_aside(&mut self, sources: Vec<ImmutableBlock>, outcomes: &[BlockOutcome]) {
-        let Some(disk) = &mut self.disk else {
+    fn set_aside(&mut self, sources: Option<HeldBlocks>, outcomes: &[BlockOutcome]) {
+        let wrong = |o: &BlockOutcome| matches!(o, BlockOutcome::Invalid(_) | BlockOutcome::Bad(_));
+        let (Some(disk), Some(sources)) = (&mut self.disk, sources) else {
             return;
         };
+        if !outcomes.iter().any(wrong) {
+            return;
+        }
         let mut lost = 0;
-        for (source, outcome) in sources.into_iter().zip(outcomes) {
+        for (source, outcome) in sources.into_each().into_iter().zip(outcomes) {
             match outcome {
                 BlockOutcome::Invalid(_) => disk.set_aside(source),
                 BlockOutcome::Bad(_) => {
@@ -222,10 +253,13 @@ impl Tiers {
     }
 
     /// Takes the targets that can never be written out of use.
-    fn retire_bad(&mut self, rest: Vec<MutableBlock>, outcomes: &[BlockOutcome]) {
+    fn retire_bad(&mut self, rest: LeasedBlocks, outcomes: &[BlockOutcome]) {
+        if rest.is_empty() {
+            return;
+        }
         let failed = outcomes.iter().filter(|o| **o != BlockOutcome::Moved);
         let mut lost = 0;
-        for (target, outcome) in rest.into_iter().zip(failed) {
+        for (target, outcome) in rest.into_each().into_iter().zip(failed) {
             if let BlockOutcome::Bad(_) = outcome {
                 target.retire();
                 lost += 1;
@@ -246,20 +280,14 @@ impl Tiers {
     }
 }
 
-/// Completes the targets that were filled; the others are returned.
-pub(super) fn sort(
-    blocks: &[MovedBlock],
-    targets: Vec<MutableBlock>,
-    outcomes: &[BlockOutcome],
-) -> (Vec<CompleteBlock>, Vec<MutableBlock>) {
-    let mut complete = Vec::with_capacity(targets.len());
-    let mut rest = Vec::new();
-    for ((block, target), outcome) in blocks.iter().zip(targets).zip(outcomes) {
-        if *outcome == BlockOutcome::Moved {
-            complete.push(target.complete(block.name, block.parent));
-        } else {
-            rest.push(target);
+impl Job {
+    /// Whether a block of this name is on its way to another tier. Loads into G1 do not count.
+    pub(super) fn brings(&self, name: SequenceHash) -> bool {
+        let has = |blocks: &HeldBlocks| blocks.names().any(|block| block.sequence == name);
+        match self {
+            Self::Offload { sources, .. } | Self::Write { sources, .. } => has(sources),
+            Self::Read { names, .. } => names.iter().any(|(block, _)| block.sequence == name),
+            Self::Load { .. } => false,
         }
     }
-    (complete, rest)
 }

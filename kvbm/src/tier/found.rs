@@ -47,10 +47,10 @@ pub(super) enum Place {
 }
 
 impl TierMatch {
-    pub(super) fn new(rank: DpRank, names: &[TokenBlock]) -> Self {
+    pub(super) fn new(rank: DpRank, blocks: usize) -> Self {
         Self {
             rank,
-            blocks: Vec::with_capacity(names.len().min(64)),
+            blocks: Vec::with_capacity(blocks),
             count: PerTier::default(),
         }
     }
@@ -58,6 +58,10 @@ impl TierMatch {
     pub(super) fn push(&mut self, name: TokenBlock, place: Place) {
         *self.count.get_mut(place.tier()) += 1;
         self.blocks.push(Found { name, place });
+    }
+
+    pub(super) fn reserve(&mut self, blocks: usize) {
+        self.blocks.reserve(blocks);
     }
 
     pub(super) fn found(&self) -> impl Iterator<Item = &Found> {

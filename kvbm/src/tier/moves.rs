@@ -4,6 +4,7 @@ use std::{fmt, time::Duration};
 
 use blockplane_protocol::{DpRank, SequenceHash, Tier, TokenBlock};
 
+use crate::pool::Found;
 pub use crate::store::{BlockOutcome, Invalid, Pending};
 
 /// Names a move while it is under way; not used twice.
@@ -134,6 +135,18 @@ impl MoveKind {
 impl fmt::Display for MoveKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+impl MovedBlock {
+    /// From a block that is held to slot `to` of another tier.
+    pub(super) const fn new(source: &Found, to: u32) -> Self {
+        Self {
+            from: source.id.0,
+            to,
+            name: source.hashes,
+            parent: source.parent,
+        }
     }
 }
 

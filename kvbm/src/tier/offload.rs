@@ -34,7 +34,7 @@ impl Tiers {
             return true;
         };
         let priority = priority.unwrap_or(PRIORITY_DEFAULT);
-        let missing = self.without_present(now, rank, priority, names);
+        let missing = self.without_present(now, rank, priority, names.to_vec());
         let over = self.offloads.push(now, rank, priority, missing);
         self.dropped(Dropped::QueueFull, over);
         true
@@ -49,9 +49,8 @@ impl Tiers {
                 return None;
             }
             let (rank, priority, names) = self.next_offloads(now, room)?;
-            let names = self.without_present(now, rank, priority, &names);
-            let sources = self.ranks[rank].pool.scan(&names);
-            let mut sources: Vec<_> = sources.into_iter().flatten().collect();
+            let names = self.without_present(now, rank, priority, names);
+            let mut sources = self.ranks[rank].pool.hold(&names);
             self.dropped(Dropped::Overwritten, names.len() - sources.len());
             if sources.is_empty() {
                 continue;
@@ -63,14 +62,8 @@ impl Tiers {
                 continue;
             }
             let mut blocks = Vec::with_capacity(sources.len());
-            for (source, target) in sources.iter().zip(&targets) {
-                let name = source.name();
-                blocks.push(MovedBlock {
-                    from: source.id().0,
-                    to: target.id().0,
-                    name,
-                    parent: source.parent(),
-                });
+            for (source, target) in sources.found().iter().zip(targets.ids()) {
+                blocks.push(MovedBlock::new(source, target.0));
             }
             self.ranks[rank].held += sources.len();
             let flight = Flight {
@@ -78,7 +71,7 @@ impl Tiers {
                 rank: self.ranks[rank].rank,
                 started: now,
                 time: self.config.queues.offload_time,
-                blocks,
+                count: blocks.len(),
                 job: Job::Offload {
                     rank,
                     priority,
@@ -86,7 +79,7 @@ impl Tiers {
                     targets,
                 },
             };
-            return Some(self.start(flight));
+            return Some(self.start(flight, blocks));
         }
         None
     }
@@ -126,8 +119,13 @@ impl Tiers {
                 continue;
             }
             batch = Some((next.rank, next.priority));
-            let new = next.items.into_iter();
-            names.extend(new.filter(|name| !self.arriving(MoveKind::into_host, name.sequence)));
+            let mut new = next.items;
+            new.retain(|name| !self.arriving(MoveKind::into_host, name.sequence));
+            if names.is_empty() {
+                names = new;
+            } else {
+                names.append(&mut new);
+            }
         }
         self.dropped(Dropped::Late, late);
         batch.map(|(rank, priority)| (rank, priority, names))
@@ -151,26 +149,17 @@ impl Tiers {
         now: Duration,
         rank: usize,
         priority: u32,
-        names: &[TokenBlock],
+        mut names: Vec<TokenBlock>,
     ) -> Vec<TokenBlock> {
         if !self.listed {
-            return self.worth_a_bounce(now, names);
+            return self.worth_a_bounce(now, &names);
         }
-        let there = self.host.contains_each(sequences(names));
-        if !there.contains(&true) {
-            return names.to_vec();
+        let present = self.host.split_present(&mut names);
+        if !present.is_empty() {
+            self.host.touch(sequences(&present));
+            self.offer_stored(now, rank, priority, &present);
         }
-        let (mut missing, mut present) = (Vec::new(), Vec::new());
-        for (name, there) in names.iter().zip(there) {
-            if there {
-                present.push(*name);
-            } else {
-                missing.push(*name);
-            }
-        }
-        self.host.touch(sequences(&present));
-        self.offer_stored(now, rank, priority, &present);
-        missing
+        names
     }
 }
 

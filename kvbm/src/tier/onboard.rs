@@ -5,15 +5,12 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 use blockplane_protocol::{BlockId, DpRank, SequenceHash, Tier, TokenBlock};
 
 use super::{
-    flight::{Flight, Job, Source, sort},
+    flight::{Flight, Job, Source},
     found::{PerTier, Place, TierMatch},
     moves::{BlockOutcome, MoveKind, MoveSpec, MovedBlock},
     tiers::Tiers,
 };
-use crate::{
-    block::{ImmutableBlock, MutableBlock},
-    pool::BlockPool,
-};
+use crate::block::{HeldBlocks, ImmutableBlock, LeasedBlocks, MutableBlock};
 
 /// Names an onboard; not used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -267,14 +264,14 @@ impl Tiers {
                 rank: self.ranks[rank].rank,
                 started: now,
                 time: left.min(self.config.queues.onboard_time),
-                blocks,
+                count: blocks.len(),
                 job: Job::Load {
                     onboard: key,
                     at: places,
                     sources,
                 },
             };
-            return Some(self.start(flight));
+            return Some(self.start(flight, blocks));
         }
         None
     }
@@ -301,7 +298,7 @@ impl Tiers {
             let here = name.map(|name| self.host.match_prefix(&[name]));
             if let Some(block) = here.and_then(|mut here| here.pop()) {
                 // It came into G2 by another way.
-                self.read_succeeded(key, &Source::Shared(block));
+                self.read_succeeded(key, Source::Shared(block));
                 continue;
             }
             until = until.max(deadline);
@@ -321,56 +318,66 @@ impl Tiers {
         }
         let mut blocks = Vec::with_capacity(keys.len());
         let mut sources = Vec::with_capacity(keys.len());
-        for (key, target) in keys.iter().zip(&targets) {
+        let mut names = Vec::with_capacity(keys.len());
+        for (key, target) in keys.iter().zip(targets.ids()) {
             let read = self.reads.get_mut(*key).expect("it has a waiter");
             let source = read.source.take();
             blocks.push(MovedBlock {
                 from: source.as_ref().map_or(u32::MAX, |block| block.id().0),
-                to: target.id().0,
+                to: target.0,
                 name: read.name,
                 parent: read.parent,
             });
+            names.push((read.name, read.parent));
             sources.extend(source);
         }
+        let sources = (!sources.is_empty()).then(|| HeldBlocks::gather(sources));
         let flight = Flight {
             kind,
             rank: DpRank::default(),
             started: now,
             time: (until - now).min(self.config.queues.onboard_time),
-            blocks,
+            count: blocks.len(),
             job: Job::Read {
                 reads: keys,
+                names,
                 sources,
                 targets,
             },
         };
-        Some(self.start(flight))
+        Some(self.start(flight, blocks))
     }
 
     /// Takes the end of a batch of reads. Returns the targets that were not filled.
     pub(super) fn read_ended(
         &mut self,
         now: Duration,
-        blocks: &[MovedBlock],
+        names: &[(TokenBlock, Option<SequenceHash>)],
         reads: &[u64],
-        targets: Vec<MutableBlock>,
+        targets: LeasedBlocks,
         outcomes: &[BlockOutcome],
-    ) -> Vec<MutableBlock> {
-        let (complete, rest) = sort(blocks, targets, outcomes);
-        let mut arrived: Vec<Source> = if self.config.promote {
-            let shared = BlockPool::register(complete);
+    ) -> LeasedBlocks {
+        let moved = |at: usize| outcomes[at] == BlockOutcome::Moved;
+        let (filled, rest) = targets.split(moved);
+        let names = names.iter().enumerate().filter(|(at, _)| moved(*at));
+        let names = names.map(|(_, name)| *name);
+        let arrived: Vec<Source> = if self.config.promote {
+            let shared = filled.register(names).into_each();
             shared.into_iter().map(Source::Shared).collect()
         } else {
-            let bounce = |block| Source::Bounce(Arc::new(block));
-            complete.into_iter().map(bounce).collect()
+            let filled = filled.into_each().into_iter().zip(names);
+            let bounce = |(block, (name, parent)): (MutableBlock, _)| block.complete(name, parent);
+            filled
+                .map(|filled| Source::Bounce(Arc::new(bounce(filled))))
+                .collect()
         };
-        let mut arrived = arrived.drain(..);
+        let mut arrived = arrived.into_iter();
         let mut touched = Vec::new();
         for (key, outcome) in reads.iter().zip(outcomes) {
             let reason = match outcome {
                 BlockOutcome::Moved => {
                     let source = arrived.next().expect("one for each that moved");
-                    self.read_succeeded(*key, &source);
+                    self.read_succeeded(*key, source);
                     continue;
                 }
                 BlockOutcome::Invalid(_) => NotLoaded::Invalid,
@@ -524,17 +531,20 @@ impl Tiers {
         deadlines.max()
     }
 
-    fn read_succeeded(&mut self, key: u64, source: &Source) {
+    fn read_succeeded(&mut self, key: u64, source: Source) {
         let Some(read) = self.forget_read(key) else {
             return;
         };
-        for waiter in read.waiters() {
-            let Some(onboard) = self.onboards.get_mut(waiter.onboard) else {
-                continue;
-            };
+        let others = read.waiters().take(read.more.len());
+        others.for_each(|waiter| self.source_ready(waiter, source.clone()));
+        self.source_ready(*read.more.last().unwrap_or(&read.first), source);
+    }
+
+    fn source_ready(&mut self, waiter: Waiter, source: Source) {
+        if let Some(onboard) = self.onboards.get_mut(waiter.onboard) {
             let state = &mut onboard.blocks[waiter.at as usize].state;
             if matches!(state, State::Waiting) {
-                *state = State::Ready(source.clone());
+                *state = State::Ready(source);
                 self.ready_now(waiter.onboard, waiter.at);
             }
         }

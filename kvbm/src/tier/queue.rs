@@ -1,6 +1,6 @@
 //! Runs of blocks that wait, highest priority first, then oldest; bounded by blocks.
 
-use std::{cmp::Reverse, collections::BTreeMap, time::Duration};
+use std::{collections::VecDeque, time::Duration};
 
 /// Priority of blocks that come without one; KVBM's range is 0 to 100.
 pub(super) const PRIORITY_DEFAULT: u32 = 50;
@@ -8,8 +8,8 @@ pub(super) const PRIORITY_DEFAULT: u32 = 50;
 /// A bounded queue of runs of `T`.
 #[derive(Debug)]
 pub(super) struct RunQueue<T> {
-    runs: BTreeMap<(Reverse<u32>, u64), Run<T>>,
-    next: u64,
+    /// In the order of their turns; hardly ever of more than one priority.
+    runs: VecDeque<Run<T>>,
     len: usize,
     max: usize,
 }
@@ -18,6 +18,7 @@ pub(super) struct RunQueue<T> {
 #[derive(Debug)]
 struct Run<T> {
     rank: usize,
+    priority: u32,
     since: Duration,
     items: std::vec::IntoIter<T>,
 }
@@ -35,8 +36,7 @@ pub(super) struct Next<T> {
 impl<T> RunQueue<T> {
     pub(super) const fn new(max: usize) -> Self {
         Self {
-            runs: BTreeMap::new(),
-            next: 0,
+            runs: VecDeque::new(),
             len: 0,
             max,
         }
@@ -57,21 +57,21 @@ impl<T> RunQueue<T> {
         self.len += items.len();
         let run = Run {
             rank,
+            priority,
             since: now,
             items: items.into_iter(),
         };
-        self.runs.insert((Reverse(priority), self.next), run);
-        self.next += 1;
+        let place = self.runs.partition_point(|run| run.priority >= priority);
+        self.runs.insert(place, run);
         let over = self.len.saturating_sub(self.max);
         let mut left = over;
         while left > 0 {
-            let mut last = self.runs.last_entry().expect("it is over its bound");
-            let items = &mut last.get_mut().items;
-            let gone = items.by_ref().rev().take(left).count();
+            let last = self.runs.back_mut().expect("it is over its bound");
+            let gone = last.items.by_ref().rev().take(left).count();
             left -= gone;
             self.len -= gone;
-            if items.len() == 0 {
-                last.remove();
+            if last.items.len() == 0 {
+                self.runs.pop_back();
             }
         }
         over
@@ -83,21 +83,23 @@ impl<T> RunQueue<T> {
         max: usize,
         accept: impl Fn(usize, u32) -> bool,
     ) -> Option<Next<T>> {
-        let accepted =
-            |((priority, _), run): &(&(Reverse<u32>, u64), &Run<T>)| accept(run.rank, priority.0);
-        let key = *self.runs.iter().find(accepted)?.0;
-        let run = self.runs.get_mut(&key)?;
-        let next = Next {
-            rank: run.rank,
-            priority: key.0.0,
-            since: run.since,
-            items: run.items.by_ref().take(max.max(1)).collect(),
+        let max = max.max(1);
+        let accepted = |run: &Run<T>| accept(run.rank, run.priority);
+        let at = self.runs.iter().position(accepted)?;
+        let run = &mut self.runs[at];
+        let (rank, priority, since) = (run.rank, run.priority, run.since);
+        let items: Vec<T> = if run.items.len() <= max {
+            self.runs.remove(at)?.items.collect()
+        } else {
+            run.items.by_ref().take(max).collect()
         };
-        self.len -= next.items.len();
-        if run.items.len() == 0 {
-            self.runs.remove(&key);
-        }
-        Some(next)
+        self.len -= items.len();
+        Some(Next {
+            rank,
+            priority,
+            since,
+            items,
+        })
     }
 
     /// Empties the queue; returns how many blocks it had.

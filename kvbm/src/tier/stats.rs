@@ -193,8 +193,9 @@ impl Histogram {
 
     /// Counts a time.
     pub fn record(&mut self, time: Duration) {
-        let steps = time.as_nanos().div_ceil(64_000).max(1) - 1;
-        let bucket = (u128::BITS - steps.leading_zeros()) as usize;
+        let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let steps = nanos.div_ceil(64_000).max(1) - 1;
+        let bucket = (u64::BITS - steps.leading_zeros()) as usize;
         self.counts[bucket.min(Self::BUCKETS - 1)] += 1;
         self.sum = self.sum.saturating_add(time);
     }

@@ -15,8 +15,7 @@ use super::{
     flight::{Flight, Parked},
     found::{Place, TierMatch},
     health::{Ended, Health, StateChange, TierState},
-    moves::{BlockOutcome, MoveId, MoveKind, MoveSpec, TierFault},
-    offload::sequences,
+    moves::{BlockOutcome, MoveId, MoveKind, MoveSpec, MovedBlock, TierFault},
     onboard::{Onboard, OnboardId, Onboarded, Read},
     queue::RunQueue,
     slots::Slots,
@@ -24,7 +23,7 @@ use super::{
     write::{Disk, Remote},
 };
 use crate::{
-    block::{ImmutableBlock, MutableBlock},
+    block::{ImmutableBlock, LeasedBlocks},
     pool::{BlockPool, HashIsUniform},
 };
 
@@ -237,7 +236,7 @@ impl Tiers {
         held: Vec<ImmutableBlock>,
         names: &[TokenBlock],
     ) -> TierMatch {
-        let mut found = TierMatch::new(rank, names);
+        let mut found = TierMatch::new(rank, held.len());
         let known = !held.is_empty();
         for (block, name) in held.into_iter().zip(names) {
             found.push(*name, Place::Device(Some(block)));
@@ -265,13 +264,10 @@ impl Tiers {
             };
             let higher = pools[..tier].iter().flatten();
             let run = higher.fold(count, |run, pool| {
-                let names = sequences(left.get(1..run).unwrap_or_default());
-                let there = pool.contains_each(names);
-                there
-                    .iter()
-                    .position(|there| *there)
-                    .map_or(run, |at| at + 1)
+                let there = pool.first_present(left.get(1..run).unwrap_or_default());
+                there.map_or(run, |at| at + 1)
             });
+            found.reserve(run);
             let mut here = here
                 .drain(..)
                 .map(Some)
@@ -319,7 +315,7 @@ impl Tiers {
             return;
         };
         let missing = || BlockOutcome::Failed("the mover said nothing of it".to_owned());
-        outcomes.resize_with(flight.blocks.len(), missing);
+        outcomes.resize_with(flight.count, missing);
         self.running[flight.kind.index()] -= 1;
         self.account(now, &flight, &outcomes);
         let kind = flight.kind;
@@ -442,14 +438,13 @@ impl Tiers {
     /// Whether a block is being copied by a move of these kinds.
     pub(super) fn arriving(&self, kind: impl Fn(MoveKind) -> bool, name: SequenceHash) -> bool {
         let mut flights = self.flights.iter().filter(|(_, flight)| kind(flight.kind));
-        flights.any(|(_, flight)| flight.blocks.iter().any(|b| b.name.sequence == name))
+        flights.any(|(_, flight)| flight.job.brings(name))
     }
 
     /// Takes up to `wanted` blocks of G2 to fill, evicting others.
-    pub(super) fn host_room(&mut self, wanted: usize) -> Vec<MutableBlock> {
-        let free = self.host.stats().free;
-        let blocks = take(&self.host, wanted);
-        self.host_evicted(Evicted::Room, blocks.len().saturating_sub(free));
+    pub(super) fn host_room(&mut self, wanted: usize) -> LeasedBlocks {
+        let (blocks, evicted) = self.host.lease_up_to(wanted);
+        self.host_evicted(Evicted::Room, evicted);
         blocks
     }
 
@@ -481,13 +476,12 @@ impl Tiers {
             })
     }
 
-    pub(super) fn start(&mut self, flight: Flight) -> MoveSpec {
+    pub(super) fn start(&mut self, flight: Flight, blocks: Vec<MovedBlock>) -> MoveSpec {
         self.running[flight.kind.index()] += 1;
         if let Some(health) = self.health_mut(flight.kind.tier()) {
             health.started();
         }
-        let (kind, rank, blocks, time) =
-            (flight.kind, flight.rank, flight.blocks.clone(), flight.time);
+        let (kind, rank, time) = (flight.kind, flight.rank, flight.time);
         MoveSpec {
             id: MoveId(self.flights.insert(flight)),
             kind,
@@ -569,13 +563,6 @@ impl Tiers {
             self.fail_queued_reads(now, tier);
         }
     }
-}
-
-/// Takes up to `wanted` blocks of a pool.
-pub(super) fn take(pool: &BlockPool, wanted: usize) -> Vec<MutableBlock> {
-    pool.allocate(wanted)
-        .or_else(|exhausted| pool.allocate(exhausted.available.min(wanted)))
-        .unwrap_or_default()
 }
 
 const fn less_one(count: u32) -> u32 {

@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
-use blockplane_protocol::{DpRank, SequenceHash, Tier, TokenBlock};
+use blockplane_protocol::{BlockId, DpRank, SequenceHash, Tier, TokenBlock};
 
 use super::{
     config::{DiskConfig, RemoteConfig, TierConfigError},
@@ -13,11 +13,11 @@ use super::{
     offload::sequences,
     queue::{PRIORITY_DEFAULT, RunQueue},
     stats::{Dropped, Evicted},
-    tiers::{RemoteIndex, Tiers, take},
+    tiers::{RemoteIndex, Tiers},
 };
 use crate::{
     admit::{Admission, AdmissionKind, Offer, Offered, WriteBudget},
-    block::{ImmutableBlock, MutableBlock},
+    block::{HeldBlocks, ImmutableBlock, LeasedBlocks},
     pool::BlockPool,
 };
 
@@ -103,6 +103,11 @@ impl Disk {
         self.wrong.len()
     }
 
+    /// Whether nothing is admitted for this reason.
+    fn never(&self, offer: Offer) -> bool {
+        offer == Offer::Stored && self.on_evict
+    }
+
     fn admits(&mut self, now: Duration, name: TokenBlock, offer: Offer) -> bool {
         let block = Offered {
             name: name.sequence,
@@ -123,8 +128,9 @@ impl Remote {
 }
 
 impl Tiers {
-    /// Blocks came into G2 from G1.
-    pub(super) fn stored(
+    /// Blocks came from G1 into what stands in for G2. That keeps nothing: whoever writes the block
+    /// holds it. It was admitted before it was copied.
+    pub(super) fn bounced(
         &mut self,
         now: Duration,
         rank: usize,
@@ -132,12 +138,6 @@ impl Tiers {
         blocks: Vec<ImmutableBlock>,
     ) {
         let names: Vec<TokenBlock> = blocks.iter().map(ImmutableBlock::name).collect();
-        if self.listed {
-            self.offer_stored(now, rank, priority, &names);
-            return;
-        }
-        // What stands in for G2 keeps nothing: whoever writes the block holds it. It was admitted
-        // before it was copied.
         if let Some(disk) = self.disk.as_mut().filter(|d| d.health.writable(now)) {
             let here = disk.pool.contains_each(sequences(&names));
             let held = blocks.iter().zip(here).filter(|(_, here)| !here);
@@ -250,7 +250,7 @@ impl Tiers {
             self.host_evicted(Evicted::NotAdmitted, taken - sources.len());
             if !sources.is_empty() {
                 // Without a slot to write to, they go when room is needed.
-                return self.write_to_disk(now, sources, true);
+                return self.write_to_disk(now, HeldBlocks::gather(sources), true);
             }
         }
     }
@@ -269,11 +269,15 @@ impl Tiers {
             if empty || !self.lane_open(now, kind) {
                 return None;
             }
-            let (named, mut sources) = self.next_writes(now, tier);
-            let held = self.host.scan(&named);
-            let before = sources.len();
-            sources.extend(held.into_iter().flatten());
-            self.dropped(Dropped::Overwritten, named.len() + before - sources.len());
+            let (named, held) = self.next_writes(now, tier);
+            // Either there is a G2 to find blocks in, or they are held.
+            let mut sources = if held.is_empty() {
+                self.host.hold(&named)
+            } else {
+                HeldBlocks::gather(held)
+            };
+            let wanted = named.len().max(sources.len());
+            self.dropped(Dropped::Overwritten, wanted - sources.len());
             if tier == Tier::Remote {
                 if !sources.is_empty() {
                     return Some(self.write_to_remote(now, sources));
@@ -338,22 +342,22 @@ impl Tiers {
     fn write_to_disk(
         &mut self,
         now: Duration,
-        mut sources: Vec<ImmutableBlock>,
+        mut sources: HeldBlocks,
         demote: bool,
     ) -> Option<MoveSpec> {
         let disk = self.disk.as_ref()?;
-        let targets = take(&disk.pool, sources.len());
+        let (targets, _) = disk.pool.lease_up_to(sources.len());
         let dropped = sources.len() - targets.len();
         sources.truncate(targets.len());
         self.dropped(Dropped::NoRoom, dropped);
         if sources.is_empty() {
             return None;
         }
-        Some(self.write(now, MoveKind::HostToDisk, sources, targets, demote))
+        Some(self.write(now, MoveKind::HostToDisk, sources, Some(targets), demote))
     }
 
-    fn write_to_remote(&mut self, now: Duration, sources: Vec<ImmutableBlock>) -> MoveSpec {
-        self.write(now, MoveKind::HostToRemote, sources, Vec::new(), false)
+    fn write_to_remote(&mut self, now: Duration, sources: HeldBlocks) -> MoveSpec {
+        self.write(now, MoveKind::HostToRemote, sources, None, false)
     }
 
     /// Starts to write `sources`: into `targets`, one for each, where the tier below has slots.
@@ -361,27 +365,29 @@ impl Tiers {
         &mut self,
         now: Duration,
         kind: MoveKind,
-        sources: Vec<ImmutableBlock>,
-        targets: Vec<MutableBlock>,
+        sources: HeldBlocks,
+        targets: Option<LeasedBlocks>,
         demote: bool,
     ) -> MoveSpec {
-        let mut slots = targets.iter().map(|target| target.id().0);
-        let blocks = sources
-            .iter()
-            .map(|source| moved_block(source, slots.next().unwrap_or(u32::MAX)))
+        let mut slots = targets.iter().flat_map(LeasedBlocks::ids);
+        let to = |slot: Option<&BlockId>| slot.map_or(u32::MAX, |slot| slot.0);
+        let found = sources.found().iter();
+        let blocks: Vec<MovedBlock> = found
+            .map(|source| MovedBlock::new(source, to(slots.next())))
             .collect();
-        self.start(Flight {
+        let flight = Flight {
             kind,
             rank: DpRank::default(),
             started: now,
             time: self.config.queues.offload_time,
-            blocks,
+            count: blocks.len(),
             job: Job::Write {
                 sources,
                 targets,
                 demote,
             },
-        })
+        };
+        self.start(flight, blocks)
     }
 
     /// Asks whether blocks are to be written to G3, and queues those that are.
@@ -396,13 +402,16 @@ impl Tiers {
         let Some(disk) = self.disk.as_mut().filter(|d| d.health.writable(now)) else {
             return;
         };
-        let here = disk.pool.contains_each(sequences(names));
-        let mut admitted = Vec::new();
-        for (name, here) in names.iter().zip(here) {
-            if !here && disk.admits(now, *name, offer) {
-                admitted.push(Queued::Named(*name));
-            }
+        if disk.never(offer) {
+            return;
         }
+        let mut missing = names.to_vec();
+        disk.pool.split_present(&mut missing);
+        missing.retain(|name| disk.admits(now, *name, offer));
+        if missing.is_empty() {
+            return;
+        }
+        let admitted = missing.into_iter().map(Queued::Named).collect();
         let over = disk.writes.push(now, rank, priority, admitted);
         self.dropped(Dropped::QueueFull, over);
     }
@@ -420,13 +429,4 @@ impl Tiers {
 
 fn is_write(kind: MoveKind) -> bool {
     kind == MoveKind::HostToDisk
-}
-
-fn moved_block(source: &ImmutableBlock, to: u32) -> MovedBlock {
-    MovedBlock {
-        from: source.id().0,
-        to,
-        name: source.name(),
-        parent: source.parent(),
-    }
 }

@@ -38,6 +38,11 @@ enum Op {
     Release(usize),
     TakeBack(usize),
     Scan(Vec<u32>),
+    /// Computed behind one handle, while others are held behind another one.
+    Together {
+        computed: Vec<u32>,
+        held: Vec<u32>,
+    },
     Victims(usize),
     Touch(Vec<u32>),
     Forget(Vec<u32>),
@@ -66,6 +71,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => pick().prop_map(Op::Release),
         1 => pick().prop_map(Op::TakeBack),
         2 => vec(0..2u32, 1..5).prop_map(Op::Scan),
+        4 => (vec(0..2u32, 0..5), vec(0..2u32, 1..5))
+            .prop_map(|(computed, held)| Op::Together { computed, held }),
         2 => (1..4usize).prop_map(Op::Victims),
         2 => vec(0..2u32, 1..5).prop_map(Op::Touch),
         2 => vec(0..2u32, 1..5).prop_map(Op::Forget),
@@ -200,6 +207,35 @@ impl Model {
             self.policy.used(block.sequence);
         }
         (key, self.caching)
+    }
+
+    /// As many as are given, with one event for each run of new ones.
+    fn register_all(&mut self, blocks: &[(TokenBlock, Option<SequenceHash>)]) -> Vec<usize> {
+        let mut runs: Vec<(Option<SequenceHash>, Vec<StoredBlock>)> = Vec::new();
+        let mut keys = Vec::new();
+        for &(hashes, parent) in blocks {
+            let (key, new) = self.register(hashes, parent);
+            keys.push(key);
+            if new {
+                let stored = self.entries[&key].stored;
+                match runs.last_mut() {
+                    Some((_, run)) if parent == run.last().map(|last| last.sequence) => {
+                        run.push(stored);
+                    }
+                    _ => runs.push((parent, vec![stored])),
+                }
+            }
+        }
+        let tier = Tier::default();
+        let stored = runs
+            .into_iter()
+            .map(|(parent, blocks)| KvEventData::Stored {
+                parent,
+                blocks,
+                tier,
+            });
+        self.events.extend(stored);
+        keys
     }
 
     fn entry(&mut self, key: usize) -> &mut Entry {
@@ -461,6 +497,7 @@ impl Bench {
                     }
                 }
             }
+            Op::Together { computed, held } => self.together(&path(&computed), &path(&held)),
             Op::Victims(n) => {
                 let victims = self.pool.victims(n);
                 let keys = self.model.victims(n);
@@ -548,41 +585,47 @@ impl Bench {
         blocks: Vec<(CompleteBlock, TokenBlock, Option<SequenceHash>)>,
         singly: bool,
     ) {
-        let mut runs: Vec<(Option<SequenceHash>, Vec<StoredBlock>)> = Vec::new();
-        let mut complete = Vec::new();
-        let mut keys = Vec::new();
-        for (block, hashes, parent) in blocks {
-            let own = block.id();
-            complete.push(block);
-            let (key, new) = self.model.register(hashes, parent);
-            keys.push((key, own));
-            if new {
-                let stored = self.model.entries[&key].stored;
-                match runs.last_mut() {
-                    Some((_, run)) if parent == run.last().map(|last| last.sequence) => {
-                        run.push(stored);
-                    }
-                    _ => runs.push((parent, vec![stored])),
-                }
-            }
-        }
-        for (parent, blocks) in runs {
-            let tier = Default::default();
-            let stored = KvEventData::Stored {
-                parent,
-                blocks,
-                tier,
-            };
-            self.model.events.push(stored);
-        }
+        let names = blocks.iter().map(|(_, hashes, parent)| (*hashes, *parent));
+        let keys = self.model.register_all(&names.collect::<Vec<_>>());
+        let complete: Vec<_> = blocks.into_iter().map(|(block, ..)| block).collect();
         let registered = if singly {
             complete.into_iter().map(CompleteBlock::register).collect()
         } else {
             BlockPool::register(complete)
         };
-        for (block, (key, _)) in registered.into_iter().zip(keys) {
-            self.immutable.push((block, key));
+        self.immutable.extend(registered.into_iter().zip(keys));
+    }
+
+    fn together(&mut self, computed: &[TokenBlock], wanted: &[TokenBlock]) {
+        let leased = self.pool.lease(computed.len());
+        assert_eq!(leased.is_ok(), self.model.allocate(computed.len()));
+        let Ok(leased) = leased else {
+            return;
+        };
+        for (id, name) in leased.ids().iter().zip(computed) {
+            self.memory.insert(*id, Some(name.sequence));
         }
+        let parents = std::iter::once(None).chain(computed.iter().map(|n| Some(n.sequence)));
+        let names: Vec<_> = computed.iter().copied().zip(parents).collect();
+        let mut keys = self.model.register_all(&names);
+        let registered = leased.register(names);
+        assert!(registered.names().eq(computed.iter().copied()));
+        let held = self.pool.hold(wanted);
+        let here = |name: &&TokenBlock| self.model.key_of(name.sequence).is_some();
+        let here: Vec<TokenBlock> = wanted.iter().filter(here).copied().collect();
+        assert!(held.names().eq(here.iter().copied()));
+        for name in here {
+            let key = self.model.key_of(name.sequence).expect("it is here");
+            self.model.hold(key);
+            keys.push(key);
+        }
+        for id in registered.ids().chain(held.ids()) {
+            let exclusive = self.mutable.iter().any(|block| block.id() == id);
+            assert!(!exclusive, "{id:?} has two owners");
+        }
+        drop(registered);
+        drop(held);
+        keys.into_iter().for_each(|key| self.model.release(key));
     }
 
     fn check(&mut self) {
