@@ -88,6 +88,14 @@ impl TokenSender {
         })
     }
 
+    /// Tells what the request has cost so far, with the tokens sent at this moment.
+    pub fn usage(&self, usage: Usage) {
+        self.shared.update(|state| {
+            let frame = state.value.get_or_insert_with(TokenFrame::default);
+            frame.usage = Some(usage);
+        });
+    }
+
     /// Ends the stream well.
     pub fn finish(self, reason: FinishReason, usage: Usage) {
         self.shared.update(|state| {

@@ -120,6 +120,18 @@ impl ApiError {
         )
     }
 
+    /// 404: no request of this id is remembered.
+    pub(crate) fn request_not_found(id: &str) -> Self {
+        Self::request(
+            StatusCode::NOT_FOUND,
+            "request_not_found",
+            format!(
+                "request '{}' is not among those that ended last here",
+                truncated(id)
+            ),
+        )
+    }
+
     /// 405: the route has other methods.
     pub(crate) fn method_not_allowed(method: &http::Method, path: &str) -> Self {
         Self::request(

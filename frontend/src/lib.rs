@@ -7,7 +7,8 @@
 //! of its own.
 //!
 //! Routes: `POST /v1/chat/completions`, `POST /v1/completions`, `GET /v1/models`,
-//! `GET /v1/models/{id}`, `GET /health`, `GET /live`, `GET /metrics`. Every error has OpenAI's
+//! `GET /v1/models/{id}`, `GET /health`, `GET /live`, `GET /metrics`; a status page at `GET /` with
+//! `GET /blockplane/status` and `GET /blockplane/requests/{id}` behind it. Every error has OpenAI's
 //! envelope.
 //!
 //! ```no_run
@@ -33,6 +34,7 @@ mod generation;
 mod http;
 mod metrics;
 mod openai;
+mod record;
 mod server;
 mod service;
 mod stall;

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, fmt, sync::Arc, time::Instant};
 
-use blockplane_protocol::LoadReport;
+use blockplane_protocol::{LoadReport, Usage};
 use parking_lot::RwLock;
 use prometheus_client::{
     collector::Collector,
@@ -20,6 +20,7 @@ use crate::{
     error::ApiError,
     generation::Finish,
     openai::response::Schema,
+    record::{Recorder, Records},
     service::{ModelService, WorkerStatus},
 };
 
@@ -33,6 +34,7 @@ pub(crate) struct Metrics {
     families: Families,
     /// Metrics of each model, so that no label is hashed for a token.
     models: RwLock<HashMap<String, Arc<ModelMetrics>>>,
+    records: Arc<Records>,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -95,6 +97,7 @@ pub(crate) struct RequestMeter {
     start: Instant,
     last_token: Option<Instant>,
     outcome: Option<Outcome>,
+    recorder: Recorder,
     /// Slot of the limit on requests in progress.
     _permit: tokio::sync::OwnedSemaphorePermit,
 }
@@ -115,6 +118,7 @@ impl Metrics {
             registry,
             families,
             models: RwLock::default(),
+            records: Arc::default(),
         }
     }
 
@@ -141,6 +145,7 @@ impl Metrics {
             start,
             last_token: None,
             outcome: None,
+            recorder: self.records.begin(model, start),
             _permit: permit,
         }
     }
@@ -156,6 +161,11 @@ impl Metrics {
         self.families.requests.get_or_create(&labels).inc();
     }
 
+    /// The requests that ended last.
+    pub(crate) fn records(&self) -> &Records {
+        &self.records
+    }
+
     /// The text that Prometheus scrapes.
     pub(crate) fn encode(&self) -> Result<String, fmt::Error> {
         let mut out = String::new();
@@ -166,7 +176,8 @@ impl Metrics {
 
 impl RequestMeter {
     /// The prompt is ready; preparing it took since `began`.
-    pub(crate) fn prepared(&self, began: Instant, prompt_tokens: usize) {
+    pub(crate) fn prepared(&mut self, id: &str, began: Instant, prompt_tokens: usize) {
+        self.recorder.prepared(id, prompt_tokens);
         self.metrics.tokenize.observe(began.elapsed().as_secs_f64());
         self.metrics.input_tokens.observe(count(prompt_tokens));
     }
@@ -177,6 +188,7 @@ impl RequestMeter {
             return;
         }
         let now = Instant::now();
+        self.recorder.tokens(tokens, now);
         self.metrics.output_tokens_total.inc_by(tokens.into());
         match self.last_token {
             None => {
@@ -194,8 +206,9 @@ impl RequestMeter {
     }
 
     /// The generation ended well.
-    pub(crate) fn finished(&mut self, finish: &Finish) {
+    pub(crate) fn finished(&mut self, finish: &Finish, usage: Option<&Usage>) {
         self.outcome = Some(Outcome::Success);
+        self.recorder.finished(finish, usage);
         self.metrics
             .output_tokens
             .observe(finish.completion_tokens.into());
@@ -212,6 +225,7 @@ impl RequestMeter {
             "request failed"
         );
         self.outcome = Some(Outcome::Error);
+        self.recorder.failed();
     }
 }
 

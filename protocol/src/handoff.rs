@@ -77,7 +77,7 @@ pub struct SamplerState {
 }
 
 /// What a prefill worker did for a [`PrefillJob`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PrefillReply {
     /// Prompt tokens it computed.
@@ -90,4 +90,9 @@ pub struct PrefillReply {
     pub written_blocks: u32,
     /// Bytes it wrote to the decode worker.
     pub written_bytes: u64,
+    /// Those of them that were in place when the last layer of the prompt was computed.
+    pub overlapped_bytes: u64,
+    /// The lane that they took.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lane: Option<String>,
 }

@@ -25,7 +25,7 @@ pub use hash::{BlockHash, PositionalHash, SaltHash, SequenceHash};
 pub use id::{BlockId, DpRank, LayerIndex, RequestId, WorkerId, WorkerRank};
 pub use kv_event::{KvEvent, KvEventData, StoredBlock, Tier};
 pub use layout::{AttentionGroup, AttentionKind, DType, KvLayout, LayoutError, LayoutOrder};
-pub use load::LoadReport;
+pub use load::{LoadReport, LowerTiers};
 pub use model::{ModelCard, WorkerRole};
 pub use request::{
     ErrorKind, FinishReason, GenerateError, GenerateRequest, PrefillHint, RouteHints,

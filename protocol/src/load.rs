@@ -44,4 +44,22 @@ pub struct LoadReport {
     pub transfer_blocks_total: u64,
     /// Requests preempted for want of blocks since start.
     pub preemptions_total: u64,
+    /// The tiers below the pool. All ranks of a worker share them; its first rank reports them.
+    pub lower: LowerTiers,
+}
+
+/// What the tiers below a worker's pools hold. A tier that is not there has no blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LowerTiers {
+    /// Blocks of host memory (G2).
+    pub host_blocks_total: u32,
+    /// Those that hold KV.
+    pub host_blocks_used: u32,
+    /// Blocks of the disk (G3).
+    pub disk_blocks_total: u32,
+    /// Those that hold KV.
+    pub disk_blocks_used: u32,
+    /// Blocks known to be in an object store or with another worker (G4).
+    pub remote_blocks: u32,
 }

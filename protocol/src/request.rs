@@ -148,7 +148,7 @@ pub enum FinishReason {
 }
 
 /// What a request cost.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Usage {
     /// Tokens of the prompt.
@@ -169,6 +169,12 @@ pub struct Usage {
     pub transfer_blocks: u32,
     /// KV bytes received from a prefill worker.
     pub transfer_bytes: u64,
+    /// Those of them that were in place before the prefill worker had computed the prompt's last
+    /// layer: their way was hidden behind the computation.
+    pub overlapped_bytes: u64,
+    /// The lane that carried them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lane: Option<String>,
 }
 
 /// A failed request, as it crosses processes. `kind` decides what a caller does next.

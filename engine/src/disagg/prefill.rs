@@ -36,12 +36,12 @@ pub(crate) struct PrefillRun {
     target: KvTarget,
     layout: BlockLayout,
     until: Instant,
-    /// Writes under way. Those that are done are forgotten.
-    transfers: Vec<Transfer>,
+    /// Writes under way, with their bytes. Those that are done are forgotten.
+    transfers: Vec<(Transfer, u64)>,
     /// The chunk being computed.
     chunk: Option<Chunk>,
-    /// The last layer of the last chunk, sent when all others are in place.
-    last: Option<Prepared>,
+    /// The last layer of the last chunk, sent when all others are in place, and its bytes.
+    last: Option<(Prepared, u64)>,
     /// While blocks are read from the peer: the way to give the blocks to the task that waits.
     loading: Option<Loading>,
     failed: Option<GenerateError>,
@@ -235,8 +235,9 @@ impl PrefillRun {
         }
         let local = raw_ids(&sequence.block_ids()[first..end]);
         let remote = raw_ids(&self.target.block_ids[first..end]);
+        let bytes = self.block_bytes() * local.len() as u64;
         let prepared = self.prepare(Op::Write, local, remote, self.all_layers())?;
-        self.post(&prepared)
+        self.post(&prepared, bytes)
     }
 
     /// The engine is about to compute a slice of the prompt.
@@ -269,14 +270,15 @@ impl PrefillRun {
         let last_layer = layer.0 + 1 == self.layout.layers;
         let (local, remote) = (Arc::clone(&chunk.local), Arc::clone(&chunk.remote));
         let keep = chunk.last && last_layer;
+        let bytes = self.layout.run_bytes * local.len() as u64;
         let posted = self
             .prepare(Op::Write, local, remote, layer.0..layer.0 + 1)
             .and_then(|prepared| {
                 if keep {
-                    self.last = Some(prepared);
+                    self.last = Some((prepared, bytes));
                     Ok(())
                 } else {
-                    self.post(&prepared)
+                    self.post(&prepared, bytes)
                 }
             });
         if last_layer {
@@ -288,14 +290,15 @@ impl PrefillRun {
     /// Why the job cannot succeed any more, if so. Forgets the writes that are done.
     pub(crate) fn failure(&mut self) -> Option<GenerateError> {
         let mut failed = self.failed.take();
-        self.transfers.retain(|transfer| match transfer.status() {
-            TransferStatus::InFlight => true,
-            TransferStatus::Done => false,
-            TransferStatus::Failed(error) => {
-                failed.get_or_insert_with(|| lost_peer(&error));
-                false
-            }
-        });
+        self.transfers
+            .retain(|(transfer, _)| match transfer.status() {
+                TransferStatus::InFlight => true,
+                TransferStatus::Done => false,
+                TransferStatus::Failed(error) => {
+                    failed.get_or_insert_with(|| lost_peer(&error));
+                    false
+                }
+            });
         failed
     }
 
@@ -319,17 +322,19 @@ impl PrefillRun {
         let written = self.target.block_ids.len() - self.target.cached_blocks as usize;
         self.reply.written_blocks = u32::try_from(written).expect("block ids are 32 bits");
         self.reply.written_bytes = self.block_bytes() * u64::from(self.reply.written_blocks);
+        self.reply.overlapped_bytes = self.reply.written_bytes.saturating_sub(self.bytes_left());
+        self.reply.lane = Some(self.peer.lane().lane.to_string());
         let done = PrefillDone {
             request_id: request.request_id.clone(),
             window: self.target.window,
             first,
             sampler,
-            reply: self.reply,
+            reply: self.reply.clone(),
         };
         let runtime = self.handoff.config().runtime.clone();
         runtime.spawn(async move {
             let result = self.send_rest(done).await;
-            let reply = self.reply;
+            let reply = std::mem::take(&mut self.reply);
             self.quiesce().await;
             drop(blocks);
             drop(live);
@@ -372,10 +377,10 @@ impl PrefillRun {
         if let Some(error) = self.failed.take() {
             return Err(error);
         }
-        while let Some(transfer) = self.transfers.pop() {
+        while let Some((transfer, _)) = self.transfers.pop() {
             transfer.await.map_err(|error| lost_peer(&error))?;
         }
-        let last = self.last.take().ok_or_else(|| {
+        let (last, _) = self.last.take().ok_or_else(|| {
             GenerateError::new(ErrorKind::Internal, "the last layer was not computed")
         })?;
         let options = PostOptions::within(self.time_of_a_transfer()).notify(codec::encode(&done));
@@ -390,10 +395,10 @@ impl PrefillRun {
 
     /// Cancels the writes under way and waits until none reads memory any more.
     async fn quiesce(&mut self) {
-        for transfer in &self.transfers {
+        for (transfer, _) in &self.transfers {
             transfer.request_cancel();
         }
-        for transfer in self.transfers.drain(..) {
+        for (transfer, _) in self.transfers.drain(..) {
             // How it ended does not matter any more.
             let _ = transfer.await;
         }
@@ -448,11 +453,19 @@ impl PrefillRun {
             .map_err(|error| lost_peer(&error))
     }
 
-    fn post(&mut self, prepared: &Prepared) -> Result<(), GenerateError> {
+    fn post(&mut self, prepared: &Prepared, bytes: u64) -> Result<(), GenerateError> {
         let options = PostOptions::within(self.time_of_a_transfer());
         let transfer = prepared.post(options).map_err(|error| lost_peer(&error))?;
-        self.transfers.push(transfer);
+        self.transfers.push((transfer, bytes));
         Ok(())
+    }
+
+    /// Bytes that are not in place yet.
+    fn bytes_left(&self) -> u64 {
+        let moving = self.transfers.iter();
+        let moving = moving.filter(|(transfer, _)| transfer.status() == TransferStatus::InFlight);
+        let kept = self.last.as_ref().map_or(0, |(_, bytes)| *bytes);
+        moving.map(|(_, bytes)| bytes).sum::<u64>() + kept
     }
 
     fn time_of_a_transfer(&self) -> Duration {

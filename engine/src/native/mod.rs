@@ -26,7 +26,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blockplane_kvbm::{BlockPool, Consolidation, EventFeed, EventHub, KvArena, PoolConfig};
+use blockplane_kvbm::{
+    BlockPool, Consolidation, EventFeed, EventHub, KvArena, PoolConfig, tier::TierManager,
+};
 use blockplane_protocol::{
     DpRank, GenerateError, GenerateRequest, KvLayout, LoadReport, PrefillJob, WorkerRole,
 };
@@ -57,6 +59,7 @@ pub struct NativeEngine {
     info: EngineInfo,
     ranks: Vec<Arc<RankShared>>,
     handoff: Option<Arc<Handoff>>,
+    tiers: Option<Arc<TierManager>>,
     step_timeout: Duration,
     draining: AtomicBool,
 }
@@ -142,6 +145,11 @@ impl NativeEngine {
             },
             ranks,
             handoff,
+            tiers: config
+                .tiers
+                .as_ref()
+                .filter(|_| config.prefix_caching)
+                .map(|tiers| Arc::clone(&tiers.manager)),
             step_timeout: config.step_timeout,
             draining: AtomicBool::new(false),
         }))
@@ -233,7 +241,11 @@ impl Engine for NativeEngine {
     }
 
     fn load(&self) -> Vec<LoadReport> {
-        self.ranks.iter().map(|rank| rank.load()).collect()
+        let mut loads: Vec<LoadReport> = self.ranks.iter().map(|rank| rank.load()).collect();
+        if let (Some(tiers), Some(first)) = (&self.tiers, loads.first_mut()) {
+            first.lower = tiers.occupancy();
+        }
+        loads
     }
 
     fn events(&self, rank: DpRank) -> Option<EventFeed> {

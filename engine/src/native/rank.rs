@@ -387,7 +387,9 @@ impl Rank {
                 entry.usage.transfer_blocks = count(blocks);
                 entry.usage.transfer_bytes =
                     (blocks * self.shared.arena.layout().block_bytes()) as u64;
-                let usage = entry.usage;
+                entry.usage.overlapped_bytes = done.reply.overlapped_bytes;
+                entry.usage.lane = done.reply.lane;
+                let usage = &entry.usage;
                 self.shared
                     .transferred
                     .add(u64::from(usage.transfer_blocks), usage.transfer_bytes);
@@ -526,12 +528,20 @@ impl Rank {
     /// Sends a token on, or ends the request with it.
     fn deliver(&mut self, id: SequenceId, token: TokenOutput) {
         let finish = self.scheduler.push(id, token.id);
+        let generated = self
+            .scheduler
+            .sequence(id)
+            .map_or(0, |sequence| sequence.generated().len());
         let Some(entry) = self.entries.get_mut(&id) else {
             return;
         };
         match &entry.kind {
             Kind::Generate { sender, .. } => {
                 sender.token(token);
+                if finish.is_none() && generated == 1 {
+                    // Whoever stops early, at a stop string, knows by then what was reused.
+                    sender.usage(entry.usage(generated));
+                }
                 if let Some(reason) = finish {
                     self.end(id, Ok(reason));
                 }
@@ -611,6 +621,7 @@ impl Rank {
             return;
         };
         let generated = sequence.as_ref().map_or(0, |s| s.generated().len());
+        let usage = entry.usage(generated);
         let mut blocks = sequence.map(|sequence| self.held(sequence));
         if let Some(loading) = entry.loading
             && let Some(blocks) = blocks.take()
@@ -622,11 +633,6 @@ impl Rank {
                 if let (Some(run), Some(blocks)) = (remote, blocks) {
                     run.give_up(blocks);
                 }
-                let usage = Usage {
-                    prompt_tokens: count(entry.request.token_ids.len()),
-                    completion_tokens: count(generated),
-                    ..entry.usage
-                };
                 match result {
                     Ok(reason) => sender.finish(reason, usage),
                     Err(error) => sender.fail(error),
@@ -711,6 +717,15 @@ impl Entry {
             loaded: LoadedFrom::default(),
             kind,
             live,
+        }
+    }
+
+    /// What the request has cost by the time it has so many tokens.
+    fn usage(&self, generated: usize) -> Usage {
+        Usage {
+            prompt_tokens: count(self.request.token_ids.len()),
+            completion_tokens: count(generated),
+            ..self.usage.clone()
         }
     }
 

@@ -91,7 +91,9 @@ impl Assembler {
     /// Takes a frame. The piece may be empty. After a piece with a finish nothing may be pushed.
     pub(crate) fn push(&mut self, frame: TokenFrame) -> Piece {
         let mut piece = Piece::default();
-        self.usage = frame.usage.or(self.usage);
+        if frame.usage.is_some() {
+            self.usage = frame.usage;
+        }
         for output in frame.tokens {
             self.tokens_seen = self.tokens_seen.saturating_add(1);
             if self.end_tokens.contains(&output.id) {
@@ -113,7 +115,7 @@ impl Assembler {
                 return self.stopped(piece);
             }
             self.stop.finish(&mut piece.text);
-            let completion = self.usage.map(|usage| usage.completion_tokens);
+            let completion = self.usage.as_ref().map(|usage| usage.completion_tokens);
             piece.finish = Some(self.finish(reason, completion.unwrap_or(self.tokens_seen)));
         }
         if let Some(logs) = &mut self.logs {
@@ -127,6 +129,11 @@ impl Assembler {
         self.tokens_seen
     }
 
+    /// What the request has cost, as far as the worker said.
+    pub(crate) fn usage(&self) -> Option<&Usage> {
+        self.usage.as_ref()
+    }
+
     /// The last piece after a stop string: the tokens of the cut text are not reported.
     fn stopped(&mut self, mut piece: Piece) -> Piece {
         if let Some(logs) = &mut self.logs {
@@ -137,7 +144,7 @@ impl Assembler {
     }
 
     fn finish(&self, reason: FinishReason, completion_tokens: u32) -> Finish {
-        let cached = self.usage.map_or(0, |usage| usage.cached_tokens);
+        let cached = self.usage.as_ref().map_or(0, |usage| usage.cached_tokens);
         Finish {
             reason,
             prompt_tokens: self.prompt_tokens,

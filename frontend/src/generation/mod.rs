@@ -77,7 +77,7 @@ impl Generation {
                 Some(finish) => {
                     // Ends what still runs at once, as after a stop string.
                     self.frames = None;
-                    self.meter.finished(finish);
+                    self.meter.finished(finish, self.assembler.usage());
                     return Poll::Ready(Some(Ok(piece)));
                 }
                 None if piece.text.is_empty() => {}

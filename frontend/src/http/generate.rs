@@ -106,7 +106,7 @@ async fn generate(
     let started = timeout_at(
         deadline.at,
         prepare(
-            app, schema, parsed, &card, &served, deadline, request, &meter,
+            app, schema, parsed, &card, &served, deadline, request, &mut meter,
         ),
     );
     let prepared = match started.await {
@@ -246,7 +246,7 @@ async fn prepare(
     served: &[Arc<ModelCard>],
     deadline: Deadline,
     request_id: RequestId,
-    meter: &RequestMeter,
+    meter: &mut RequestMeter,
 ) -> Result<Prepared, ApiError> {
     let assets = app
         .assets
@@ -278,7 +278,7 @@ async fn prepare(
         let done = app.pool.run(move || preparation.prompt(source)).await;
         done.map_err(pool_error)??
     };
-    meter.prepared(began, prompt.len());
+    meter.prepared(&request_id.0, began, prompt.len());
     check_tokens(&common, &prompt, schema, card)?;
     common.stop.max_tokens = output_limit(&common, schema, prompt.len(), card)?;
     let mut end_tokens = common.stop.stop_token_ids.clone();

@@ -3,7 +3,7 @@
 use std::{
     hash::{BuildHasher as _, RandomState},
     sync::atomic::{AtomicU64, Ordering},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 /// Makes ids of 32 hex digits: 64 bits drawn for this process and a mixed counter.
@@ -29,10 +29,15 @@ impl Ids {
     }
 }
 
+/// Time since 1970.
+pub(crate) fn unix_time() -> Duration {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.unwrap_or_default()
+}
+
 /// Seconds since 1970.
 pub(crate) fn unix_seconds() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.map_or(0, |now| now.as_secs())
+    unix_time().as_secs()
 }
 
 /// The finaliser of `SplitMix64`: one to one, and neighbours look unrelated.

@@ -3,6 +3,7 @@
 mod body;
 mod generate;
 mod id;
+mod page;
 mod status;
 
 use std::{panic::AssertUnwindSafe, sync::Arc};
@@ -18,6 +19,8 @@ use futures::FutureExt as _;
 use http::{HeaderName, HeaderValue};
 use tokio::sync::Semaphore;
 use tracing::Instrument as _;
+
+pub(crate) use id::unix_time;
 
 use crate::{
     config::FrontendConfig,
@@ -92,6 +95,10 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/health", get(status::health))
         .route("/live", get(status::live))
         .route("/metrics", get(status::metrics))
+        .route("/", get(page::index))
+        .route("/assets/{name}", get(page::asset))
+        .route("/blockplane/status", get(page::overview))
+        .route("/blockplane/requests/{id}", get(page::request))
         .fallback(|request: Request| async move {
             ApiError::route_not_found(request.method(), request.uri().path())
         })

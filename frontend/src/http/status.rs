@@ -23,11 +23,17 @@ const LOAD_WAIT: Duration = Duration::from_secs(2);
 
 /// `GET /v1/models`.
 pub(super) async fn models(State(app): State<Arc<App>>) -> Response {
+    let cards = cards(&app);
+    let data: Vec<Value> = cards.iter().map(|card| model_json(&app, card)).collect();
+    respond(StatusCode::OK, &json!({"object": "list", "data": data}))
+}
+
+/// The models that are served, each name once, in order.
+pub(super) fn cards(app: &App) -> Vec<Arc<ModelCard>> {
     let mut cards = app.service.models();
     cards.sort_by(|a, b| a.name.cmp(&b.name));
     cards.dedup_by(|a, b| a.name == b.name);
-    let data: Vec<Value> = cards.iter().map(|card| model_json(&app, card)).collect();
-    respond(StatusCode::OK, &json!({"object": "list", "data": data}))
+    cards
 }
 
 /// `GET /v1/models/{id}`.
@@ -104,7 +110,7 @@ fn model_json(app: &App, card: &ModelCard) -> Value {
     })
 }
 
-fn worker_json(worker: &WorkerStatus) -> Value {
+pub(super) fn worker_json(worker: &WorkerStatus) -> Value {
     json!({
         "id": worker.id.to_string(),
         "name": worker.name,
@@ -115,7 +121,7 @@ fn worker_json(worker: &WorkerStatus) -> Value {
     })
 }
 
-fn respond(status: StatusCode, body: &Value) -> Response {
+pub(super) fn respond(status: StatusCode, body: &Value) -> Response {
     let headers = [(header::CONTENT_TYPE, "application/json")];
     (status, headers, body.to_string()).into_response()
 }

@@ -6,6 +6,7 @@ mod completions;
 mod disconnect;
 mod errors;
 mod limits;
+mod page;
 mod status;
 mod stop;
 mod support;

@@ -10,7 +10,7 @@ use crate::support::{CONTEXT, MODEL, Server, chat};
 
 const CHAT: &str = "/v1/chat/completions";
 
-fn worker() -> WorkerStatus {
+pub(super) fn worker() -> WorkerStatus {
     WorkerStatus {
         id: WorkerId(7),
         name: "decode-0".to_owned(),

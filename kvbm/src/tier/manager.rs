@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blockplane_protocol::{BlockId, DpRank, KvLayout, LayoutOrder, Tier, TokenBlock};
+use blockplane_protocol::{BlockId, DpRank, KvLayout, LayoutOrder, LowerTiers, Tier, TokenBlock};
 use blockplane_transfer::Agent;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use thiserror::Error;
@@ -292,6 +292,12 @@ impl TierManager {
     #[must_use]
     pub fn stats(&self) -> TierStats {
         self.shared.books.lock().tiers.stats()
+    }
+
+    /// What the tiers hold, in short.
+    #[must_use]
+    pub fn occupancy(&self) -> LowerTiers {
+        self.shared.books.lock().tiers.occupancy()
     }
 
     /// The G2 pool, for peers that read from it.

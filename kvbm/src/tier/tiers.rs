@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use blockplane_protocol::{DpRank, SequenceHash, Tier, TokenBlock};
+use blockplane_protocol::{DpRank, LowerTiers, SequenceHash, Tier, TokenBlock};
 
 use super::{
     config::{TierConfig, TierConfigError},
@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     block::{ImmutableBlock, LeasedBlocks},
-    pool::{BlockPool, HashIsUniform},
+    pool::{BlockPool, HashIsUniform, PoolStats},
 };
 
 /// What is known to be in G4. Called under the manager's lock: no I/O.
@@ -405,6 +405,27 @@ impl Tiers {
         stats.onboards = self.onboards.len();
         stats.unquiet_moves = self.parked.len();
         stats
+    }
+
+    /// What the tiers hold, in short.
+    #[must_use]
+    pub fn occupancy(&self) -> LowerTiers {
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let host = if self.listed {
+            self.host.stats()
+        } else {
+            PoolStats::default()
+        };
+        let disk = self.disk.as_ref().map(|disk| disk.pool.stats());
+        let disk = disk.unwrap_or_default();
+        let remote = self.remote.as_ref().map_or(0, |remote| remote.index.len());
+        LowerTiers {
+            host_blocks_total: count(host.total),
+            host_blocks_used: count(host.cached + host.active),
+            disk_blocks_total: count(disk.total),
+            disk_blocks_used: count(disk.cached + disk.active),
+            remote_blocks: count(remote),
+        }
     }
 
     /// Whether something waits for room in G2 that its holders must make: look again soon.

@@ -65,7 +65,7 @@ impl Pair {
     async fn reply(&self, number: usize) -> PrefillReply {
         let replies = &self.direct.replies;
         eventually("the reply arrived", || replies.lock().len() > number).await;
-        replies.lock()[number]
+        replies.lock()[number].clone()
     }
 }
 
@@ -114,6 +114,9 @@ async fn what_decode_has_is_read_and_not_computed_again() {
         assert_eq!(outcome.usage.remote_prefill_tokens, 19);
         // 43 tokens are 11 blocks, of which decode had 6.
         assert_eq!(outcome.usage.transfer_blocks, 5);
+        assert_eq!(outcome.usage.lane, Some(lane.to_string()));
+        // The last layer is sent after it is computed.
+        assert!(outcome.usage.overlapped_bytes < outcome.usage.transfer_bytes);
         let reply = pair.reply(0).await;
         assert_eq!((reply.cached_blocks, reply.read_blocks), (0, 6));
         assert_eq!((reply.computed_tokens, reply.written_blocks), (19, 5));

@@ -182,7 +182,7 @@ impl RemotePrefill for Client {
                 .ok_or_else(|| GenerateError::new(ErrorKind::Unavailable, "gone"))?
                 .prefill(job)?;
             let reply = ticket.await?;
-            direct.replies.lock().push(reply);
+            direct.replies.lock().push(reply.clone());
             Ok(reply)
         }
         .boxed()
