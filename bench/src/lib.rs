@@ -11,11 +11,13 @@
 //! * [`serve`]: load on any OpenAI-compatible server.
 //!
 //! [`kvbm`] plays traffic against the manager of the KV cache: `blockplane kvbm replay|advise`.
-//! [`selftest`] checks instead of measuring: `blockplane selftest gpu`.
+//! [`selftest`] checks instead of measuring: `blockplane selftest gpu`. [`client`] talks to
+//! OpenAI-compatible servers.
 //!
 //! Only the launcher depends on this crate: it mounts [`BenchArgs`] and calls [`run`].
 
 mod child;
+pub mod client;
 pub mod engine;
 mod gpu;
 pub mod kvbm;

@@ -2,22 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, bail};
 use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode, Uri, header};
-use http_body_util::{BodyExt, Full, Limited};
+use http::{Method, StatusCode};
 use hyper::body::Incoming;
-use hyper_util::{
-    client::legacy::{self, connect::HttpConnector},
-    rt::TokioExecutor,
-};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::sse::Events;
-
-/// Largest body of an answer that is not streamed.
-const BODY_BYTES_MAX: usize = 4 << 20;
+use crate::client::{EventStream, Server, StreamError};
 
 /// Endpoint to load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -31,8 +23,7 @@ pub enum Api {
 /// Talks to one server. Clones share its connections.
 #[derive(Clone, Debug)]
 pub(super) struct Client {
-    http: legacy::Client<HttpConnector, Full<Bytes>>,
-    base: String,
+    server: Server,
     api: Api,
     model: String,
     ignore_eos: bool,
@@ -115,18 +106,8 @@ impl Client {
         stop_at_eos: bool,
         timeout: Duration,
     ) -> anyhow::Result<Self> {
-        let base = url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
-        let uri: Uri = base.parse().with_context(|| format!("--url '{url}'"))?;
-        ensure!(
-            uri.scheme_str() == Some("http") && uri.host().is_some(),
-            "--url is '{url}'; accepted: http://HOST[:PORT] (TLS is not supported here)"
-        );
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(timeout));
         Ok(Self {
-            http: legacy::Client::builder(TokioExecutor::new()).build(connector),
-            base,
+            server: Server::new(url, timeout)?,
             api,
             model: String::new(),
             ignore_eos: !stop_at_eos,
@@ -140,12 +121,12 @@ impl Client {
             name.clone_into(&mut self.model);
             return Ok(());
         }
-        let models = self
-            .answer(Method::GET, "/v1/models", Bytes::new())
-            .await
-            .with_context(|| format!("cannot list the models of {}", self.base))?;
-        let Some(first) = models["data"][0]["id"].as_str() else {
-            bail!("{} lists no model; name one with --model", self.base);
+        let models = self.server.models().await?;
+        let Some(first) = models.first() else {
+            bail!(
+                "{} lists no model; name one with --model",
+                self.server.base()
+            );
         };
         first.clone_into(&mut self.model);
         Ok(())
@@ -159,9 +140,10 @@ impl Client {
     pub(super) async fn count_tokens(&self, prompt: &str) -> anyhow::Result<Option<u32>> {
         let body = self.body(prompt, 1, false);
         let answer = self
-            .answer(Method::POST, self.api.path(), body)
+            .server
+            .post(self.api.path(), body)
             .await
-            .with_context(|| format!("a first request to {} failed", self.base))?;
+            .with_context(|| format!("a first request to {} failed", self.server.base()))?;
         let tokens = answer["usage"]["prompt_tokens"].as_u64();
         Ok(tokens.and_then(|tokens| u32::try_from(tokens).ok()))
     }
@@ -176,6 +158,7 @@ impl Client {
         let body = self.body(prompt, output_tokens, true);
         tokio::time::timeout(self.timeout, async {
             let response = self
+                .server
                 .send(Method::POST, self.api.path(), body)
                 .await
                 .map_err(|_| Failure::Connection)?;
@@ -206,40 +189,6 @@ impl Client {
             body["stream_options"] = json!({ "include_usage": true });
         }
         Bytes::from(body.to_string())
-    }
-
-    async fn send(
-        &self,
-        method: Method,
-        path: &str,
-        body: Bytes,
-    ) -> anyhow::Result<Response<Incoming>> {
-        let request = Request::builder()
-            .method(method)
-            .uri(format!("{}{path}", self.base))
-            .header(header::CONTENT_TYPE, "application/json")
-            .body(Full::new(body))?;
-        Ok(self.http.request(request).await?)
-    }
-
-    async fn answer(&self, method: Method, path: &str, body: Bytes) -> anyhow::Result<Value> {
-        tokio::time::timeout(self.timeout, async {
-            let response = self.send(method, path, body).await?;
-            let status = response.status();
-            let body = Limited::new(response.into_body(), BODY_BYTES_MAX)
-                .collect()
-                .await
-                .map_err(|error| anyhow::anyhow!("{error}"))?
-                .to_bytes();
-            ensure!(
-                status == StatusCode::OK,
-                "status {status}: {}",
-                String::from_utf8_lossy(&body)
-            );
-            serde_json::from_slice(&body).context("the answer is not JSON")
-        })
-        .await
-        .with_context(|| format!("no answer within {:?}", self.timeout))?
     }
 }
 
@@ -286,39 +235,27 @@ impl Choice {
     }
 }
 
-async fn read_stream(mut body: Incoming, start: Instant) -> Result<Answer, Failure> {
-    let mut events = Events::default();
+async fn read_stream(body: Incoming, start: Instant) -> Result<Answer, Failure> {
+    let mut events = EventStream::new(body);
     let mut first: Option<Instant> = None;
     let mut last = start;
     let mut gaps = Vec::new();
     let mut usage = Usage::default();
     let mut finished = false;
-    'stream: while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|_| Failure::Incomplete)?;
-        let Some(bytes) = frame.data_ref() else {
-            continue;
-        };
+    while let Some(event) = events.next().await? {
         let now = Instant::now();
-        if !events.push(bytes) {
-            return Err(Failure::Malformed);
+        let chunk: Chunk = serde_json::from_value(event).map_err(|_| Failure::Malformed)?;
+        if chunk.error.is_some() {
+            return Err(Failure::InStream);
         }
-        while let Some(data) = events.next() {
-            if data == b"[DONE]" {
-                break 'stream;
+        usage = chunk.usage.unwrap_or(usage);
+        finished |= chunk.choices.iter().any(|c| c.finish_reason.is_some());
+        if chunk.choices.iter().any(Choice::has_text) {
+            if first.is_some() {
+                gaps.push(now - last);
             }
-            let chunk: Chunk = serde_json::from_slice(data).map_err(|_| Failure::Malformed)?;
-            if chunk.error.is_some() {
-                return Err(Failure::InStream);
-            }
-            usage = chunk.usage.unwrap_or(usage);
-            finished |= chunk.choices.iter().any(|c| c.finish_reason.is_some());
-            if chunk.choices.iter().any(Choice::has_text) {
-                if first.is_some() {
-                    gaps.push(now - last);
-                }
-                first.get_or_insert(now);
-                last = now;
-            }
+            first.get_or_insert(now);
+            last = now;
         }
     }
     if !finished {
@@ -331,4 +268,13 @@ async fn read_stream(mut body: Incoming, start: Instant) -> Result<Answer, Failu
         total: end - start,
         usage,
     })
+}
+
+impl From<StreamError> for Failure {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::Broken(_) => Self::Incomplete,
+            StreamError::Malformed => Self::Malformed,
+        }
+    }
 }

@@ -7,7 +7,6 @@
 mod client;
 mod load;
 mod prompt;
-mod sse;
 mod summary;
 mod trace;
 mod workload;
