@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod bundled;
+mod chat;
 mod cli;
 mod deployment;
 mod doctor;
@@ -39,6 +40,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Launch(args) => node::launch(&args),
         Command::Frontend(args) => role::frontend::run(args),
         Command::Worker(args) => role::worker::run(args),
+        Command::Chat(args) => chat::run(args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => {
             blockplane_bench::run(args, &kernels::config()).map(|()| ExitCode::SUCCESS)

@@ -1,6 +1,7 @@
 //! The command line. Every setting has one flag, one variable where Dynamo's users know one, and a
 //! documented default; nothing else in the workspace reads the environment.
 
+mod chat;
 mod frontend;
 mod kvbm;
 mod node;
@@ -8,6 +9,7 @@ mod worker;
 
 use clap::{Parser, Subcommand};
 
+pub(crate) use chat::ChatArgs;
 pub(crate) use frontend::{FrontendArgs, RouterModeArg};
 pub(crate) use kvbm::{KvbmArgs, TABLE_FLAG, settings_of_file};
 pub(crate) use node::{DoctorArgs, LaunchArgs, UpArgs, UpMode};
@@ -44,6 +46,8 @@ pub(crate) enum Command {
     Frontend(FrontendArgs),
     /// Run one worker.
     Worker(WorkerArgs),
+    /// Talk to a model that is served, and see what each answer cost.
+    Chat(ChatArgs),
     /// Report what this machine offers, what is used, and what to do about what is missing.
     Doctor(DoctorArgs),
     /// Measure links, the engine, or a running deployment.
