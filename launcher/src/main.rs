@@ -14,6 +14,7 @@ mod output;
 mod role;
 mod supervise;
 mod telemetry;
+mod view;
 mod wiring;
 
 use std::process::ExitCode;

@@ -9,17 +9,15 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::mpsc,
-};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     bundled,
     cli::{LaunchArgs, RouterModeArg, UpArgs, UpMode},
     deployment::{Deployment, Node, NodePlan, Role, RoleKind},
     output,
-    supervise::{Change, State, Supervisor},
+    supervise::Supervisor,
+    view::View,
 };
 
 /// `blockplane launch FILE --node NAME`.
@@ -34,7 +32,7 @@ pub(crate) fn launch(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
         args.file.display(),
         plan.processes.len()
     ));
-    supervise(&plan, &run_dir)
+    supervise(&plan, &run_dir, args.plain)
 }
 
 /// `blockplane up`.
@@ -46,7 +44,7 @@ pub(crate) fn up(args: UpArgs) -> anyhow::Result<ExitCode> {
             .with_context(|| format!("model directory {} cannot be opened", dir.display()))?,
         None => bundled::unpack(&run_dir.path)?,
     };
-    let mode = args.mode;
+    let (mode, plain) = (args.mode, args.plain);
     let deployment = built_in_deployment(args, model, &run_dir.path)?;
     let plan = deployment.plan(UP_NODE)?;
     output::line(&format!(
@@ -56,7 +54,7 @@ pub(crate) fn up(args: UpArgs) -> anyhow::Result<ExitCode> {
         plan.processes.len(),
         run_dir.path.join("logs").display()
     ));
-    supervise(&plan, &run_dir)
+    supervise(&plan, &run_dir, plain)
 }
 
 const UP_NODE: &str = "local";
@@ -177,7 +175,7 @@ impl Drop for RunDir {
     }
 }
 
-fn supervise(plan: &NodePlan, run_dir: &RunDir) -> anyhow::Result<ExitCode> {
+fn supervise(plan: &NodePlan, run_dir: &RunDir, plain: bool) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -186,80 +184,22 @@ fn supervise(plan: &NodePlan, run_dir: &RunDir) -> anyhow::Result<ExitCode> {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
         let (supervisor, mut changes) = Supervisor::start(plan, &run_dir.path)?;
+        let mut view = View::open(plan, plain);
         tokio::select! {
-            () = show_changes(&mut changes, plan) => {}
+            () = view.follow(&mut changes) => {}
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
         }
+        view.close();
         output::line("stopping");
         tokio::select! {
             () = supervisor.stop() => {}
-            () = show_changes(&mut changes, plan) => {}
+            () = view.follow(&mut changes) => {}
         }
         while let Ok(change) = changes.try_recv() {
-            show(&change);
+            view.take(change);
         }
         output::line("stopped");
         Ok(ExitCode::SUCCESS)
     })
-}
-
-/// Prints state changes, and how to send a request once all processes are up and a model is served.
-async fn show_changes(changes: &mut mpsc::Receiver<Change>, plan: &NodePlan) {
-    let mut states: BTreeMap<String, State> = BTreeMap::new();
-    let mut introduced = false;
-    while let Some(change) = changes.recv().await {
-        show(&change);
-        states.insert(change.name, change.state);
-        let all_up = plan.processes.iter().all(|process| {
-            matches!(
-                states.get(&process.name),
-                Some(State::Ready { .. } | State::Serving { .. })
-            )
-        });
-        let serving = states.values().find_map(|state| match state {
-            State::Serving { model, url, .. } => Some((model, url)),
-            State::Starting { .. }
-            | State::Ready { .. }
-            | State::Restarting { .. }
-            | State::Stopped => None,
-        });
-        if let Some((model, url)) = serving
-            && all_up
-            && !introduced
-        {
-            introduced = true;
-            introduce(model, url);
-        }
-    }
-    // Every keeper is gone; whoever asked for that goes on by its own signal.
-    std::future::pending::<()>().await;
-}
-
-fn show(change: &Change) {
-    let text = match &change.state {
-        State::Starting { pid } => format!("starting    pid {pid}"),
-        State::Ready { pid, detail } => format!("ready       pid {pid}, {detail}"),
-        State::Serving { pid, model, url } => {
-            format!("serving     pid {pid}, model {model} at {url}")
-        }
-        State::Restarting { reason, delay } => {
-            format!("restarting  in {:.1} s: {reason}", delay.as_secs_f64())
-        }
-        State::Stopped => "stopped".to_owned(),
-    };
-    output::line(&format!("  {:<14} {text}", change.name));
-}
-
-fn introduce(model: &str, url: &str) {
-    let body = serde_json::json!({
-        "model": model,
-        "messages": [{"role": "user", "content": "Hello, how are you?"}],
-        "max_tokens": 32,
-    });
-    output::line(&format!("listening on {url}, model {model}; try:"));
-    output::line(&format!(
-        "curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
-    ));
-    output::line("Ctrl-C stops everything.");
 }

@@ -32,6 +32,13 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub(crate) enum Report {
+    /// It reads a model's weights.
+    Loading {
+        /// Layers that are ready.
+        done: u32,
+        /// All layers.
+        total: u32,
+    },
     /// It takes requests; `detail` says where or with what.
     Ready {
         /// For people.
@@ -53,6 +60,10 @@ pub(crate) enum Report {
 pub(crate) enum State {
     Starting {
         pid: u32,
+    },
+    Loading {
+        done: u32,
+        total: u32,
     },
     Ready {
         pid: u32,
@@ -294,6 +305,9 @@ impl Keeper {
 
     async fn report(&self, pid: u32, line: &str) {
         match serde_json::from_str(line) {
+            Ok(Report::Loading { done, total }) => {
+                self.change(State::Loading { done, total }).await;
+            }
             Ok(Report::Ready { detail }) => self.change(State::Ready { pid, detail }).await,
             Ok(Report::Serving { model, url }) => {
                 self.change(State::Serving { pid, model, url }).await;

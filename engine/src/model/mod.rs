@@ -91,14 +91,32 @@ impl Model<CpuOps> {
     /// # Errors
     /// A [`LoadError`] that names the file, and the tensor or field, that is at fault.
     pub fn load(folder: &Path, options: &LoadOptions) -> Result<Arc<Self>, LoadError> {
+        Self::load_with_progress(folder, options, &|_, _| ())
+    }
+
+    /// The same; `progress` is told after each layer how many of how many are ready.
+    ///
+    /// # Errors
+    /// A [`LoadError`] that names the file, and the tensor or field, that is at fault.
+    pub fn load_with_progress(
+        folder: &Path,
+        options: &LoadOptions,
+        progress: &dyn Fn(u32, u32),
+    ) -> Result<Arc<Self>, LoadError> {
         let config = ModelConfig::read(folder)?;
         let checkpoint = Checkpoint::open(folder)?;
-        Self::with_ops(config, checkpoint, CpuOps::new(&options.cpu)?).map(Arc::new)
+        let ops = CpuOps::new(&options.cpu)?;
+        Self::with_ops(config, checkpoint, ops, progress).map(Arc::new)
     }
 }
 
 impl<O: Ops<Error = std::io::Error>> Model<O> {
-    fn with_ops(config: ModelConfig, checkpoint: Checkpoint, ops: O) -> Result<Self, LoadError> {
+    fn with_ops(
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        ops: O,
+        progress: &dyn Fn(u32, u32),
+    ) -> Result<Self, LoadError> {
         let loader = Loader {
             config: &config,
             checkpoint: &checkpoint,
@@ -116,10 +134,16 @@ impl<O: Ops<Error = std::io::Error>> Model<O> {
         } else {
             checkpoint.matrix("lm_head.weight", config.vocab_size, hidden)?
         };
+        let total = u32::try_from(config.layers).unwrap_or(u32::MAX);
         let layers = plans
             .into_iter()
-            .map(|plan| loader.pack_layer(plan))
-            .collect::<Result<Vec<_>, _>>()?;
+            .zip(1..)
+            .map(|(plan, done)| {
+                let layer = loader.pack_layer(plan)?;
+                progress(done, total);
+                Ok(layer)
+            })
+            .collect::<Result<Vec<_>, LoadError>>()?;
         let norm = loader.vector("model.norm.weight", hidden)?;
         let output = loader.pack(&[head])?;
         let rope_frequencies = loader.upload(&config.rope.inverse_frequencies)?;

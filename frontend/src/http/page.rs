@@ -3,16 +3,17 @@
 use std::{sync::Arc, time::Duration};
 
 use axum::{
-    extract::{Path, State},
+    extract::{Path, Query, State},
     response::{IntoResponse, Response},
 };
 use http::{HeaderName, HeaderValue, StatusCode, header};
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{App, id, status};
 use crate::{error::ApiError, service::ServiceStatus};
 
-/// Ended requests that the status lists.
+/// Ended requests that the status lists if `?recent=N` does not say how many.
 const RECENT: usize = 64;
 
 /// The page may load nothing but what this server has, and nobody may frame it.
@@ -33,6 +34,13 @@ const FILES: [(&str, &str, &str); 3] = [
     file!("icon.svg", "image/svg+xml"),
 ];
 
+/// What of the status is wanted.
+#[derive(Debug, Deserialize)]
+pub(super) struct Wanted {
+    /// Ended requests at most.
+    recent: Option<usize>,
+}
+
 /// `GET /`: the status page.
 pub(super) async fn index() -> Response {
     send(INDEX)
@@ -48,7 +56,10 @@ pub(super) async fn asset(Path(name): Path<String>) -> Response {
 }
 
 /// `GET /blockplane/status`: everything the page shows.
-pub(super) async fn overview(State(app): State<Arc<App>>) -> Response {
+pub(super) async fn overview(
+    State(app): State<Arc<App>>,
+    Query(Wanted { recent }): Query<Wanted>,
+) -> Response {
     let ServiceStatus {
         ready,
         reason,
@@ -78,7 +89,7 @@ pub(super) async fn overview(State(app): State<Arc<App>>) -> Response {
             "models": models,
             "totals": records.totals(),
             "workers": workers,
-            "recent": records.recent(RECENT),
+            "recent": records.recent(recent.unwrap_or(RECENT)),
         }),
     )
 }

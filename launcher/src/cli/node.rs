@@ -85,6 +85,9 @@ pub(crate) struct UpArgs {
     /// Directory for discovery, sockets and logs; a temporary one, removed at the end, when absent.
     #[arg(long, value_name = "DIR")]
     pub(crate) run_dir: Option<PathBuf>,
+    /// Plain lines instead of the live view, on a terminal too.
+    #[arg(long)]
+    pub(crate) plain: bool,
     /// Time for running requests to finish on shutdown, in seconds.
     #[arg(long, env = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", value_parser = seconds, default_value = "5")]
     pub(crate) grace: Duration,
@@ -97,6 +100,9 @@ pub(crate) struct LaunchArgs {
     /// The node of the file that this machine is.
     #[arg(long)]
     pub(crate) node: String,
+    /// Plain lines instead of the live view, on a terminal too.
+    #[arg(long)]
+    pub(crate) plain: bool,
     /// Directory for logs and sockets; overrides the file's.
     #[arg(long, value_name = "DIR")]
     pub(crate) run_dir: Option<PathBuf>,

@@ -50,7 +50,8 @@ impl Reporter {
             Report::Serving { model, url } => {
                 output::line(&format!("serving model {model} at {url}"));
             }
-            Report::Alive => {}
+            // A person by hand reads a line when it is done.
+            Report::Loading { .. } | Report::Alive => {}
         }
     }
 }

@@ -82,6 +82,9 @@ async fn serve(args: WorkerArgs, kvbm: KvbmSettings) -> anyhow::Result<()> {
             runtime: tokio::runtime::Handle::current(),
             kvbm,
             watch: Arc::clone(&observation),
+            progress: Box::new(move |done, total| {
+                reporter.report(&Report::Loading { done, total });
+            }),
         };
         let (engine, tiers) = tokio::task::spawn_blocking(move || engines::start(&settings))
             .await

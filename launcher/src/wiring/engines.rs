@@ -18,7 +18,6 @@ use super::{prefill::RpcPrefill, tiers};
 use crate::cli::{ComputeArg, EngineArg, WorkerArgs};
 
 /// Everything an engine is made of.
-#[derive(Debug)]
 pub(crate) struct Settings {
     pub(crate) args: WorkerArgs,
     pub(crate) role: WorkerRole,
@@ -33,6 +32,8 @@ pub(crate) struct Settings {
     pub(crate) kvbm: KvbmSettings,
     /// Is told of every request.
     pub(crate) watch: Arc<Observation>,
+    /// Is told how many layers of how many are loaded.
+    pub(crate) progress: Box<dyn Fn(u32, u32) + Send + Sync>,
 }
 
 /// An engine, and the tiers below its pools.
@@ -58,7 +59,7 @@ fn native(settings: &Settings) -> anyhow::Result<Started> {
     let dir = settings.model_dir.display();
     let mut options = LoadOptions::new(compute, threads);
     options.cpu.isa = args.isa;
-    let model = Model::load(&settings.model_dir, &options)
+    let model = Model::load_with_progress(&settings.model_dir, &options, &settings.progress)
         .with_context(|| format!("the model in {dir} cannot be served"))?;
     let mut config = engine_config(settings)?;
     let fingerprint = model.kv_fingerprint(&config.model_name);
