@@ -1,7 +1,8 @@
 //! Why an engine does not take a request.
 
 use blockplane_protocol::{
-    ErrorKind, GenerateError, GenerateRequest, LayoutError, SamplingParams, TokenId, WorkerRole,
+    ErrorKind, GenerateError, GenerateRequest, LayoutError, PRIORITY_MAX, SamplingParams, TokenId,
+    WorkerRole,
 };
 use thiserror::Error;
 
@@ -73,6 +74,12 @@ pub enum RequestError {
         /// The adapter.
         name: String,
     },
+    /// A priority out of its range.
+    #[error("priority is {asked}; accepted: 0 to {PRIORITY_MAX}")]
+    Priority {
+        /// What was asked for.
+        asked: u32,
+    },
     /// A rank that does not exist.
     #[error("there is no data-parallel rank {rank}; this engine has {dp_size}")]
     Rank {
@@ -137,6 +144,7 @@ impl RequestError {
             | Self::Sampling { .. }
             | Self::Logprobs { .. }
             | Self::Lora { .. }
+            | Self::Priority { .. }
             | Self::Rank { .. }
             | Self::Role { .. }
             | Self::Incompatible { .. }
@@ -170,6 +178,9 @@ pub fn validate(request: &GenerateRequest, info: &EngineInfo) -> Result<(), Requ
     }
     if let Some(name) = request.lora_name.clone().filter(|name| !name.is_empty()) {
         return Err(RequestError::Lora { name });
+    }
+    if let Some(asked) = request.priority.filter(|&p| p > PRIORITY_MAX) {
+        return Err(RequestError::Priority { asked });
     }
     if request.route.rank.0 >= info.dp_size {
         return Err(RequestError::Rank {

@@ -153,6 +153,7 @@ fn greedy(prompt: &[TokenId], max_tokens: usize) -> GenerateRequest {
         logprobs: None,
         cache_salt: None,
         lora_name: None,
+        priority: None,
         deadline_ms: 120_000,
         // Engines without a way to prefill workers ignore it.
         route: RouteHints {

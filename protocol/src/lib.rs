@@ -28,7 +28,7 @@ pub use layout::{AttentionGroup, AttentionKind, DType, KvLayout, LayoutError, La
 pub use load::{LoadReport, LowerTiers};
 pub use model::{ModelCard, WorkerRole};
 pub use request::{
-    ErrorKind, FinishReason, GenerateError, GenerateRequest, PrefillHint, RouteHints,
+    ErrorKind, FinishReason, GenerateError, GenerateRequest, PRIORITY_MAX, PrefillHint, RouteHints,
     SamplingParams, StopConditions, TokenFrame, TokenLogprob, TokenOutput, Usage,
 };
 pub use token::{TokenBlock, TokenId, TokenSequence};

@@ -9,6 +9,9 @@ use crate::{
     token::TokenId,
 };
 
+/// Highest [`GenerateRequest::priority`].
+pub const PRIORITY_MAX: u32 = 100;
+
 /// A tokenised request, as it goes from the frontend to a worker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GenerateRequest {
@@ -33,6 +36,11 @@ pub struct GenerateRequest {
     /// `LoRA` adapter.
     #[serde(default)]
     pub lora_name: Option<String>,
+    /// How much its KV is worth keeping below the worker's own pool, 0 to [`PRIORITY_MAX`]; higher is
+    /// more. `None` is not concerned by any threshold. Absent on the wire then, and in messages of
+    /// peers that do not know it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority: Option<u32>,
     /// Time left to finish, in milliseconds, counted from receipt. Every hop passes on what is left.
     pub deadline_ms: u64,
     /// What the router decided.

@@ -2,9 +2,10 @@
 
 use blockplane_protocol::{
     AttentionGroup, AttentionKind, BlockHash, DType, DpRank, EndpointId, FeedItem, GenerateRequest,
-    KvEvent, KvEventData, KvLayout, LayoutError, LayoutOrder, LoadReport, PrefillHint, PrefillJob,
-    RequestId, RouteHints, SaltHash, SamplingParams, SequenceHash, StopConditions, StoredBlock,
-    Tier, TokenFrame, TokenLogprob, TokenOutput, TokenSequence, WorkerId,
+    KvEvent, KvEventData, KvLayout, LayoutError, LayoutOrder, LoadReport, PRIORITY_MAX,
+    PrefillHint, PrefillJob, RequestId, RouteHints, SaltHash, SamplingParams, SequenceHash,
+    StopConditions, StoredBlock, Tier, TokenFrame, TokenLogprob, TokenOutput, TokenSequence,
+    WorkerId,
     codec::{self, DecodeError},
 };
 use proptest::{collection::vec, option, prelude::*};
@@ -62,7 +63,12 @@ fn request() -> impl Strategy<Value = GenerateRequest> {
     (
         (".*", ".*", vec(any::<u32>(), 0..40)),
         (sampling(), stop, any::<Option<u32>>()),
-        (option::of(".*"), option::of(".*"), any::<u64>()),
+        (
+            option::of(".*"),
+            option::of(".*"),
+            any::<u64>(),
+            option::of(0..=PRIORITY_MAX),
+        ),
         (any::<u32>(), vec(hint, 0..3)),
     )
         .prop_map(|(names, how, rest, route)| GenerateRequest {
@@ -75,6 +81,7 @@ fn request() -> impl Strategy<Value = GenerateRequest> {
             cache_salt: rest.0,
             lora_name: rest.1,
             deadline_ms: rest.2,
+            priority: rest.3,
             route: RouteHints {
                 rank: DpRank(route.0),
                 prefill: route.1,
@@ -405,4 +412,30 @@ fn a_huge_declared_length_is_an_error() {
     }
     let nested = [&[codec::VERSION][..], &[0x91; 100_000]].concat();
     decode_everything(&nested);
+}
+
+/// What peers of before the field send is understood, and they get nothing that they do not know.
+#[test]
+fn a_request_without_priority_is_what_it_was_before_there_was_one() {
+    let mut request = GenerateRequest {
+        request_id: RequestId("r".to_owned()),
+        model: "m".to_owned(),
+        token_ids: vec![1],
+        sampling: SamplingParams::default(),
+        stop: StopConditions::default(),
+        logprobs: None,
+        cache_salt: None,
+        lora_name: None,
+        priority: None,
+        deadline_ms: 1,
+        route: RouteHints::default(),
+    };
+    let named = |bytes: &[u8]| bytes.windows(8).any(|window| window == b"priority");
+    let bytes = codec::encode(&request);
+    assert!(!named(&bytes));
+    assert_eq!(codec::decode::<GenerateRequest>(&bytes).unwrap(), request);
+    request.priority = Some(7);
+    let bytes = codec::encode(&request);
+    assert!(named(&bytes));
+    assert_eq!(codec::decode::<GenerateRequest>(&bytes).unwrap(), request);
 }

@@ -271,6 +271,7 @@ impl Stand {
             logprobs: None,
             cache_salt: None,
             lora_name: None,
+            priority: None,
             deadline_ms: 600_000,
             route: RouteHints::default(),
         };

@@ -19,8 +19,9 @@ pub(crate) trait Below: Send + Sync + fmt::Debug {
     fn referenced(&self, blocks: &[TokenBlock]);
 
     /// Offers readable blocks, consecutive ones of one sequence, to be copied. They are not held for
-    /// it: what is overwritten before its turn comes is not copied.
-    fn offload(&self, blocks: &[TokenBlock]);
+    /// it: what is overwritten before its turn comes is not copied. False when their priority is too
+    /// low: later blocks of the same request are not to be offered either.
+    fn offload(&self, blocks: &[TokenBlock], priority: Option<u32>) -> bool;
 }
 
 /// Blocks held in lower tiers for one sequence, until they are loaded or this is dropped.

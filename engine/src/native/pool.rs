@@ -58,10 +58,9 @@ impl KvBlocks for KvPool {
         }
     }
 
-    fn offload(&self, blocks: &[TokenBlock]) {
-        if let Some(below) = &self.below {
-            below.offload(blocks);
-        }
+    fn offload(&self, blocks: &[TokenBlock], priority: Option<u32>) -> bool {
+        let below = self.below.as_ref();
+        below.is_none_or(|below| below.offload(blocks, priority))
     }
 
     fn contains(&self, name: TokenBlock) -> bool {

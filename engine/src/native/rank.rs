@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blockplane_kvbm::metrics::RequestHits;
+use blockplane_kvbm::metrics::{Recording, RequestHits};
 use blockplane_protocol::{
     ErrorKind, FinishReason, GenerateError, GenerateRequest, LoadReport, TokenId, TokenOutput,
     Usage,
@@ -98,6 +98,8 @@ struct Entry {
     loading: Option<Box<dyn Loading>>,
     /// Blocks loaded before the prompt was first seated.
     loaded: LoadedFrom,
+    /// Takes the length of the output, if requests are recorded.
+    recording: Option<Recording>,
     kind: Kind,
     live: Live,
 }
@@ -242,6 +244,7 @@ impl Rank {
             prompt: request.token_ids.clone(),
             salt: request.salt(),
             stop: request.stop.clone(),
+            priority: request.priority,
             deadline,
             kind,
         };
@@ -314,7 +317,7 @@ impl Rank {
                 block_tokens,
             };
             let names = sequence.token_sequence().blocks();
-            watch.request(&names[..full.min(names.len())], count(prompt), hits);
+            entry.recording = watch.request(&names[..full.min(names.len())], count(prompt), hits);
         }
         let Some(handoff) = &self.handoff else {
             return;
@@ -558,11 +561,15 @@ impl Rank {
             sampler,
             kind: Kind::Prefill { sender, run },
             live,
+            recording,
             ..
         }) = self.entries.remove(&id)
         else {
             return;
         };
+        if let Some(recording) = recording {
+            recording.finish(count(sequence.generated().len()));
+        }
         debug!(request = %request.request_id, "prefill computed");
         let cached = count(sequence.cached_tokens());
         let blocks = self.held(sequence);
@@ -622,6 +629,9 @@ impl Rank {
         };
         let generated = sequence.as_ref().map_or(0, |s| s.generated().len());
         let usage = entry.usage(generated);
+        if let Some(recording) = entry.recording {
+            recording.finish(count(generated));
+        }
         let mut blocks = sequence.map(|sequence| self.held(sequence));
         if let Some(loading) = entry.loading
             && let Some(blocks) = blocks.take()
@@ -715,6 +725,7 @@ impl Entry {
             usage: Usage::default(),
             loading: None,
             loaded: LoadedFrom::default(),
+            recording: None,
             kind,
             live,
         }

@@ -59,9 +59,8 @@ impl Below for ManagedTiers {
         self.tiers.referenced(blocks);
     }
 
-    fn offload(&self, blocks: &[TokenBlock]) {
-        // Requests have no priority, so all of them are wanted.
-        self.tiers.offload(blocks, None);
+    fn offload(&self, blocks: &[TokenBlock], priority: Option<u32>) -> bool {
+        self.tiers.offload(blocks, priority)
     }
 }
 

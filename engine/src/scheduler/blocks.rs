@@ -27,8 +27,9 @@ pub trait KvBlocks: fmt::Debug {
     fn extend_prefix(&self, prefix: Vec<Self::Shared>, blocks: &[TokenBlock]) -> Found<Self>;
 
     /// Tells lower tiers of consecutive blocks of one sequence that were computed here, or by
-    /// another worker for it, and are readable now. They may copy them.
-    fn offload(&self, blocks: &[TokenBlock]);
+    /// another worker for it, and are readable now. They may copy them. False when the request's
+    /// `priority` is too low for it: they are not told of its later blocks either.
+    fn offload(&self, blocks: &[TokenBlock], priority: Option<u32>) -> bool;
 
     /// Whether a block is readable under this name.
     fn contains(&self, name: TokenBlock) -> bool;

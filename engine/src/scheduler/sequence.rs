@@ -21,6 +21,8 @@ pub struct SequenceSpec {
     pub salt: SaltHash,
     /// When to stop. `max_tokens` beyond the context is cut to it.
     pub stop: StopConditions,
+    /// What its KV is worth to lower tiers, 0 to 100.
+    pub priority: Option<u32>,
     /// When it ends with an error, on the caller's clock.
     pub deadline: Duration,
     /// How its prompt is computed.
@@ -79,6 +81,9 @@ pub struct Sequence<B: KvBlocks> {
     pub(super) cached: Option<usize>,
     /// Lower tiers did not give what they had: they are not asked again.
     pub(super) lower_failed: bool,
+    priority: Option<u32>,
+    /// Lower tiers want no more of its blocks.
+    kept_above: bool,
     slots: Vec<Slot<B>>,
     ids: Vec<BlockId>,
     /// Blocks that were offered to the prefix cache.
@@ -121,6 +126,8 @@ impl<B: KvBlocks> Sequence<B> {
             computed: 0,
             cached: None,
             lower_failed: false,
+            priority: spec.priority,
+            kept_above: false,
             slots: Vec::new(),
             ids: Vec::new(),
             offered: 0,
@@ -293,8 +300,8 @@ impl<B: KvBlocks> Sequence<B> {
         }
         let filled: Vec<_> = blocks.iter().map(|&(_, name, _)| name).collect();
         let shared = pool.register(blocks);
-        if !from_lower {
-            pool.offload(&filled);
+        if !from_lower && !self.kept_above {
+            self.kept_above = !pool.offload(&filled, self.priority);
         }
         for (index, shared) in indices.into_iter().zip(shared) {
             self.ids[index] = B::shared_id(&shared);

@@ -175,7 +175,7 @@ impl KvBlocks for Pool {
         found
     }
 
-    fn offload(&self, blocks: &[TokenBlock]) {
+    fn offload(&self, blocks: &[TokenBlock], priority: Option<u32>) -> bool {
         let mut store = self.0.borrow_mut();
         for block in blocks {
             let (id, holders) = store.readable[&block.sequence.0];
@@ -186,6 +186,7 @@ impl KvBlocks for Pool {
                 store.lower.insert(block.sequence.0, content);
             }
         }
+        priority.is_none()
     }
 
     fn contains(&self, name: TokenBlock) -> bool {
@@ -292,6 +293,7 @@ impl Bench {
             prompt: request.prompt.clone(),
             salt: SaltHash::default(),
             stop: request.stop.clone(),
+            priority: None,
             deadline,
             kind: request.kind,
         };
@@ -861,6 +863,7 @@ fn the_waiting_queue_is_bounded() {
         prompt: vec![1],
         salt: SaltHash::default(),
         stop: StopConditions::default(),
+        priority: None,
         deadline: FOREVER,
         kind: SequenceKind::Local,
     };

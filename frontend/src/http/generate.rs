@@ -314,6 +314,7 @@ async fn prepare(
         logprobs: common.logprobs,
         cache_salt: common.cache_salt,
         lora_name: None,
+        priority: common.priority,
         deadline_ms: u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1),
         route: RouteHints::default(),
     };

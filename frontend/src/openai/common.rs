@@ -1,6 +1,6 @@
 //! Parameters that chat and plain completions share.
 
-use blockplane_protocol::{SamplingParams, StopConditions, TokenId};
+use blockplane_protocol::{PRIORITY_MAX, SamplingParams, StopConditions, TokenId};
 use serde_json::Value;
 
 use super::params::{Params, boolean};
@@ -31,6 +31,7 @@ pub(crate) struct CommonParams {
     pub(crate) stop_strings: Vec<String>,
     pub(crate) logprobs: Option<u32>,
     pub(crate) cache_salt: Option<String>,
+    pub(crate) priority: Option<u32>,
     pub(crate) add_special_tokens: Option<bool>,
     pub(crate) skip_special_tokens: bool,
 }
@@ -83,9 +84,36 @@ impl CommonParams {
             stop_strings: stop_strings(params)?,
             logprobs: None,
             cache_salt: cache_salt.filter(|salt| !salt.is_empty()),
+            priority: priority(params)?,
             add_special_tokens: params.boolean("add_special_tokens")?,
             skip_special_tokens: params.boolean("skip_special_tokens")?.unwrap_or(true),
         })
+    }
+}
+
+/// Dynamo's hint: how much the request's KV is worth, higher is more.
+fn priority(params: &Params) -> Result<Option<u32>, ApiError> {
+    const HINT: &str = "nvext.agent_hints.priority";
+    // In vLLM it orders the queue, and lower comes first; 0 is what everybody has.
+    if let Some(other) = params.get("priority").filter(|p| p.as_i64() != Some(0)) {
+        let accepted = format!("0, or nothing: requests are served in turn. See {HINT}");
+        return Err(ApiError::value("priority", other, &accepted));
+    }
+    let hints = match params.nested("nvext", "agent_hints")? {
+        None => return Ok(None),
+        Some(Value::Object(hints)) => hints,
+        Some(other) => return Err(ApiError::value("nvext.agent_hints", other, "an object")),
+    };
+    let Some(value) = hints.get("priority").filter(|value| !value.is_null()) else {
+        return Ok(None);
+    };
+    let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
+    match number.filter(|number| *number <= PRIORITY_MAX) {
+        Some(number) => Ok(Some(number)),
+        None => {
+            let accepted = format!("an integer from 0 to {PRIORITY_MAX}");
+            Err(ApiError::value(HINT, value, &accepted))
+        }
     }
 }
 

@@ -221,6 +221,21 @@ async fn nvext_names_the_cache_salt_too() {
     assert_eq!(request.cache_salt.as_deref(), Some("t"));
     assert!(request.stop.ignore_eos);
     assert_eq!(request.sampling.top_k, 0);
+    assert_eq!(request.priority, None);
+}
+
+#[tokio::test]
+async fn the_priority_is_dynamos_agent_hint() {
+    let server = Server::saying("x").await;
+    for priority in [0, 100] {
+        let hints = json!({"priority": priority, "osl": 7});
+        let body = chat(&json!({"nvext": {"agent_hints": hints}, "priority": 0}));
+        server.post(PATH, &body).await.ok();
+        assert_eq!(server.request().priority, Some(priority));
+    }
+    let body = chat(&json!({"nvext": {"agent_hints": {"osl": 7}}}));
+    server.post(PATH, &body).await.ok();
+    assert_eq!(server.request().priority, None);
 }
 
 /// The prompt that the service got, as text with the special tokens as `[` and `]`.

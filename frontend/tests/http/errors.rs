@@ -133,6 +133,31 @@ async fn values_out_of_range_are_named() {
             &["string"],
         ),
         (
+            json!({"nvext": {"agent_hints": 5}}),
+            "nvext.agent_hints",
+            &["an object"],
+        ),
+        (
+            json!({"nvext": {"agent_hints": {"priority": 101}}}),
+            "nvext.agent_hints.priority",
+            &["101", "0 to 100"],
+        ),
+        (
+            json!({"nvext": {"agent_hints": {"priority": -1}}}),
+            "nvext.agent_hints.priority",
+            &["-1", "0 to 100"],
+        ),
+        (
+            json!({"nvext": {"agent_hints": {"priority": 0.5}}}),
+            "nvext.agent_hints.priority",
+            &["an integer"],
+        ),
+        (
+            json!({"priority": 3}),
+            "priority",
+            &["3", "nvext.agent_hints.priority"],
+        ),
+        (
             json!({"response_format": {"type": "json_object"}}),
             "response_format",
             &["json_object"],

@@ -13,5 +13,5 @@ mod serve;
 pub use exposition::DiskWear;
 pub use hits::{HitRates, KvbmMetrics, RequestHits};
 pub use observe::Observation;
-pub use record::{RecordError, Recorder};
+pub use record::{RecordError, Recorder, Recording};
 pub use serve::{MetricsError, MetricsServer};

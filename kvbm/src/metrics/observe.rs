@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use blockplane_protocol::TokenBlock;
 
-use super::{DiskWear, KvbmMetrics, RecordError, Recorder, RequestHits};
+use super::{DiskWear, KvbmMetrics, RecordError, Recorder, Recording, RequestHits};
 use crate::{settings::KvbmSettings, tier::TierStats};
 
 /// Takes the requests of all ranks of a worker, for hit rates and for the record. Nothing here waits.
@@ -32,12 +32,17 @@ impl Observation {
     }
 
     /// Notes a request for a prompt of `input_tokens` tokens that begins with the full blocks
-    /// `blocks`, and what was found of it. To be told once for each request.
-    pub fn request(&self, blocks: &[TokenBlock], input_tokens: u32, hits: RequestHits) {
+    /// `blocks`, and what was found of it. To be told once for each request, and of its end by what
+    /// is returned if requests are recorded.
+    pub fn request(
+        &self,
+        blocks: &[TokenBlock],
+        input_tokens: u32,
+        hits: RequestHits,
+    ) -> Option<Recording> {
         self.metrics.request(hits);
-        if let Some(recorder) = &self.recorder {
-            recorder.request(blocks, input_tokens, hits.block_tokens);
-        }
+        let recorder = self.recorder.as_ref()?;
+        Some(recorder.request(blocks, input_tokens, hits.block_tokens))
     }
 
     /// All metrics in Prometheus' text format 0.0.4.

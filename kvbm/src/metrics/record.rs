@@ -1,6 +1,7 @@
 //! The names of every request in a file, one JSON object a line, as `blockplane kvbm replay` reads it.
 
 use std::{
+    collections::VecDeque,
     fmt::Write as _,
     fs::{File, OpenOptions},
     io::{self, Write},
@@ -8,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
         mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -19,6 +20,11 @@ use thiserror::Error;
 
 /// Requests that may wait to be written.
 const QUEUE_MAX: usize = 1024;
+/// Requests that may run while later ones wait for their line; the oldest is written without its
+/// output then.
+const RUNNING_MAX: usize = 4096;
+/// Output of a request that runs.
+const RUNS: u32 = u32::MAX;
 /// Bytes that are written at once.
 const LINES_BYTES: usize = 64 << 10;
 /// Time without a request after which what was written is given to the system.
@@ -49,7 +55,15 @@ struct Counters {
     dropped: AtomicU64,
 }
 
+/// A request that is recorded when it ends: when this is dropped, at the latest.
+#[derive(Debug)]
+#[must_use = "dropping it ends the request without output"]
+pub struct Recording {
+    output_tokens: Arc<AtomicU32>,
+}
+
 struct Request {
+    output_tokens: Arc<AtomicU32>,
     milliseconds: u128,
     input_tokens: u32,
     block_tokens: u32,
@@ -87,10 +101,18 @@ impl Recorder {
     }
 
     /// Notes a request for a prompt of `input_tokens` tokens that begins with the full blocks
-    /// `blocks`, of `block_tokens` tokens each.
-    pub fn request(&self, blocks: &[TokenBlock], input_tokens: u32, block_tokens: u32) {
+    /// `blocks`, of `block_tokens` tokens each. Lines are in the order of these calls, each once its
+    /// request and those before it have ended.
+    pub fn request(
+        &self,
+        blocks: &[TokenBlock],
+        input_tokens: u32,
+        block_tokens: u32,
+    ) -> Recording {
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        let output_tokens = Arc::new(AtomicU32::new(RUNS));
         let request = Request {
+            output_tokens: Arc::clone(&output_tokens),
             milliseconds: since.unwrap_or_default().as_millis(),
             input_tokens,
             block_tokens,
@@ -99,6 +121,7 @@ impl Recorder {
         if self.queue.try_send(request).is_err() {
             self.counters.dropped.fetch_add(1, Ordering::Relaxed);
         }
+        Recording { output_tokens }
     }
 
     /// Requests written, and requests dropped.
@@ -109,14 +132,35 @@ impl Recorder {
     }
 }
 
+impl Recording {
+    /// The request has ended, after so many tokens.
+    pub fn finish(self, output_tokens: u32) {
+        let tokens = output_tokens.min(RUNS - 1);
+        self.output_tokens.store(tokens, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        // Nothing to do if it has been finished.
+        let order = Ordering::Relaxed;
+        let _ = self.output_tokens.compare_exchange(RUNS, 0, order, order);
+    }
+}
+
 fn write(mut file: File, path: &Path, requests: &Receiver<Request>, counters: &Counters) {
     let (mut lines, mut count) = (String::new(), 0);
+    let mut running: VecDeque<Request> = VecDeque::new();
     let mut failed = false;
     loop {
         let next = requests.recv_timeout(FLUSH_EVERY);
         let ended = matches!(next, Err(RecvTimeoutError::Disconnected));
         let more = next.is_ok();
-        if let Ok(request) = next {
+        running.extend(next);
+        while let Some(first) = running.front()
+            && (ended || !first.runs() || running.len() > RUNNING_MAX)
+            && let Some(request) = running.pop_front()
+        {
             request.write(&mut lines);
             count += 1;
         }
@@ -146,11 +190,19 @@ fn write(mut file: File, path: &Path, requests: &Receiver<Request>, counters: &C
 }
 
 impl Request {
+    fn runs(&self) -> bool {
+        self.output_tokens.load(Ordering::Relaxed) == RUNS
+    }
+
     fn write(&self, line: &mut String) {
+        let output = match self.output_tokens.load(Ordering::Relaxed) {
+            RUNS => 0,
+            tokens => tokens,
+        };
         // Writing to a string does not fail.
         let _ = write!(
             line,
-            "{{\"timestamp\":{},\"input_length\":{},\"output_length\":0,\"block_tokens\":{},\"hash_ids\":[",
+            "{{\"timestamp\":{},\"input_length\":{},\"output_length\":{output},\"block_tokens\":{},\"hash_ids\":[",
             self.milliseconds, self.input_tokens, self.block_tokens
         );
         for (index, name) in self.names.iter().enumerate() {
@@ -176,14 +228,19 @@ mod tests {
         let prompt =
             TokenSequence::from_tokens(&[1, 2, 3, 4, 5, 6, 7, 8, 9], 4, SaltHash::default());
         let recorder = Recorder::start(&path).unwrap();
-        recorder.request(prompt.blocks(), 9, 4);
-        recorder.request(&[], 3, 4);
+        let first = recorder.request(prompt.blocks(), 9, 4);
+        let second = recorder.request(&[], 3, 4);
+        let lost = recorder.request(&[], 1, 4);
+        // Ends before the one that came before it.
+        second.finish(20);
+        drop(lost);
+        first.finish(7);
         drop(recorder);
         // The thread ends when the last recorder is gone.
         let until = Instant::now() + Duration::from_secs(10);
         let text = loop {
             let text = std::fs::read_to_string(&path).unwrap();
-            if text.lines().count() == 2 {
+            if text.lines().count() == 3 {
                 break text;
             }
             assert!(Instant::now() < until, "{text}");
@@ -203,13 +260,41 @@ mod tests {
         assert_eq!(lines[0]["block_tokens"], 4);
         assert!(lines[0]["timestamp"].as_u64() <= lines[1]["timestamp"].as_u64());
         assert_eq!(lines[1]["hash_ids"], serde_json::json!([]));
+        let outputs: Vec<_> = lines.iter().map(|line| &line["output_length"]).collect();
+        assert_eq!(outputs, [7, 20, 0]);
+    }
+
+    #[test]
+    fn a_request_that_does_not_end_holds_up_so_many_others_and_no_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("record.jsonl");
+        let recorder = Recorder::start(&path).unwrap();
+        let long = recorder.request(&[], 1, 4);
+        recorder.request(&[], 2, 4).finish(2);
+        let until = Instant::now() + Duration::from_secs(20);
+        let written = || recorder.counts()[0];
+        let mut sent = 2;
+        while written() == 0 {
+            let before = sent;
+            recorder.request(&[], 2, 4).finish(2);
+            sent += 1;
+            if sent > RUNNING_MAX as u64 + 1 {
+                std::thread::yield_now();
+            }
+            assert!(Instant::now() < until, "{before} sent, none written");
+        }
+        assert!(sent > RUNNING_MAX as u64, "{sent}");
+        long.finish(9);
+        let text = std::fs::read_to_string(&path).unwrap();
+        let first = text.lines().next().unwrap();
+        assert!(first.contains("\"output_length\":0"), "{first}");
     }
 
     #[test]
     fn a_file_that_takes_nothing_costs_nobody_anything() {
         let recorder = Recorder::start(Path::new("/dev/full")).unwrap();
         for _ in 0..100_000 {
-            recorder.request(&[], 1, 1);
+            recorder.request(&[], 1, 1).finish(1);
         }
         let until = Instant::now() + Duration::from_secs(10);
         while recorder.counts()[1] == 0 {

@@ -211,6 +211,7 @@ fn request(max_tokens: u32) -> GenerateRequest {
         logprobs: None,
         cache_salt: None,
         lora_name: None,
+        priority: None,
         deadline_ms: 10_000,
         route: RouteHints::default(),
     }

@@ -129,6 +129,8 @@ async fn invalid_requests_are_refused_with_their_reason() {
     refused(&|r| r.route.rank = DpRank(1));
     refused(&|r| r.sampling.temperature = f32::NAN);
     refused(&|r| r.sampling.top_p = 0.0);
+    let high = refused(&|r| r.priority = Some(101));
+    assert!(high.contains("101") && high.contains("0 to 100"), "{high}");
     let unknown = refused(&|r| r.token_ids[1] = VOCAB);
     assert!(unknown.contains("prompt[1]"), "{unknown}");
     let mut late = request(&[1], 1);

@@ -204,6 +204,7 @@ fn request(prompt: &[TokenId], max_tokens: u32) -> GenerateRequest {
         logprobs: None,
         cache_salt: None,
         lora_name: None,
+        priority: None,
         deadline_ms: 60_000,
         route: RouteHints::default(),
     }

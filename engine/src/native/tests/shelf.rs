@@ -123,11 +123,12 @@ impl Below for OfPool {
         self.shelf.referenced.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn offload(&self, blocks: &[TokenBlock]) {
+    fn offload(&self, blocks: &[TokenBlock], _priority: Option<u32>) -> bool {
         let mut books = self.shelf.books.lock();
         for block in self.pool.match_prefix(blocks) {
             books.insert(block.hash(), copy_out(&self.arena, block.id()));
         }
+        true
     }
 }
 

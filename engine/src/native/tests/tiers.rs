@@ -7,7 +7,7 @@ use blockplane_kvbm::{
     SlotStore, SlotStoreConfig,
     store::StoreLocation,
     tier::{
-        BlockOutcome, DiskConfig, HealthConfig, Invalid, LocalMover, MoveKind, MoveReport,
+        BlockOutcome, DiskConfig, Dropped, HealthConfig, Invalid, LocalMover, MoveKind, MoveReport,
         MoveSpec, Mover, Pending, QueueConfig, TierConfig, TierManager, TierPools, host_arena,
     },
 };
@@ -46,6 +46,9 @@ struct Hang {
 
 const WAYS: usize = 6;
 
+/// Blocks of requests that have a lower one stay in G1.
+const MIN_PRIORITY: u32 = 50;
+
 impl Stack {
     /// `host` blocks of G2 and `disk` slots of G3 in `folder`; what the folder has is found again.
     fn new(folder: &Path, host: u32, disk: u32, seed: u64) -> Arc<Self> {
@@ -63,6 +66,7 @@ impl Stack {
                 admission: AdmissionConfig::from(AdmissionKind::All),
                 ..DiskConfig::new(disk)
             }),
+            host_min_priority: MIN_PRIORITY,
             queues: QueueConfig {
                 batch_blocks: 4,
                 offload_time: Duration::from_millis(60),
@@ -295,6 +299,37 @@ async fn a_prompt_comes_from_every_tier_and_from_disk_in_another_engine() {
         (60, 60)
     );
     all_blocks_back(&engine).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_below_the_threshold_leaves_nothing_in_lower_tiers() {
+    let folder = tempfile::tempdir().unwrap();
+    let stack = Stack::new(folder.path(), 100, 400, 0);
+    let long = prompt(1, 61, 0);
+    let mut dropped = Vec::new();
+    for (priority, kept) in [(Some(49), 0), (Some(50), 60), (None, 60)] {
+        let mut request = request(&long, 30);
+        request.stop.ignore_eos = true;
+        request.priority = priority;
+        if priority.is_none() {
+            // Another name of the same prompt: nothing of it is there.
+            request.cache_salt = Some("other".to_owned());
+        }
+        let engine = above(&stack, 40).start("priority");
+        let outcome = run(&engine, request.clone()).await.unwrap();
+        assert_eq!(outcome.usage.cached_tokens, 0, "{priority:?}");
+        stack.settle();
+        dropped.push(stack.manager.stats().dropped(Dropped::Priority));
+        // A pool that has nothing.
+        drop(engine);
+        let engine = above(&stack, 40).start("priority-again");
+        let outcome = run(&engine, request).await.unwrap();
+        assert_eq!(outcome.usage.cached_host_tokens, kept, "{priority:?}");
+        stack.settle();
+    }
+    // Only the first blocks of a request were offered (chunks have 12 tokens, blocks 4), by both
+    // engines; none of those that came later.
+    assert_eq!(dropped, [3, 6, 6]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
