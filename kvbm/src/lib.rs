@@ -93,7 +93,7 @@ pub use events::{
 pub use evict::{EvictionKind, EvictionPolicy, Lineage, Lru, MultiLru, S3Fifo};
 #[cfg(not(loom))]
 pub use fingerprint::Fingerprint;
-pub use pool::{BlockPool, PoolBuilder, PoolConfig, PoolExhausted, PoolStats};
+pub use pool::{BlockPool, PoolActivity, PoolBuilder, PoolConfig, PoolExhausted, PoolStats};
 #[cfg(not(loom))]
 pub use ranks::{RankShape, RankWorker, RankedMover};
 #[cfg(not(loom))]

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use blockplane_kvbm::{BlockPool, ImmutableBlock, KvBatch, PoolConfig, PoolStats};
+use blockplane_kvbm::{BlockPool, ImmutableBlock, KvBatch, PoolActivity, PoolConfig, PoolStats};
 use blockplane_protocol::{BlockId, KvEventData, SaltHash, TokenBlock, TokenSequence};
 
 fn sequence(seed: u32, blocks: usize) -> Vec<TokenBlock> {
@@ -100,6 +100,42 @@ fn without_prefix_caching_nothing_is_found_and_nothing_is_told() {
     drop(held);
     assert_eq!(pool.stats().free, 4);
     assert_eq!(pool.events().last_event_id(), 0);
+}
+
+#[test]
+fn what_a_pool_does_is_counted() {
+    let pool = BlockPool::accounting(4, PoolConfig::default());
+    let (first, second, third) = (sequence(1, 2), sequence(2, 2), sequence(3, 1));
+    let held = store(&pool, &first);
+    // The same again: two blocks for names that are there.
+    drop(store(&pool, &first));
+    drop(held);
+    drop(store(&pool, &second));
+    // Two of the four are overwritten.
+    drop(store(&pool, &third));
+    let taken = pool.allocate(1).unwrap();
+    assert_eq!(pool.activity().filling, 1);
+    let quarantine = pool.quarantine(taken);
+    assert_eq!(pool.activity().filling, 0);
+    let back = quarantine.take_back();
+    assert_eq!(pool.activity().filling, 1);
+    back.into_iter().for_each(|block| block.retire());
+    drop(pool.match_prefix(&sequence(4, 5)));
+    drop(pool.match_prefix(&third));
+    drop(pool.scan(&[third[0], sequence(4, 1)[0]]));
+    let expected = PoolActivity {
+        allocations: 2 + 2 + 2 + 1 + 1,
+        allocations_from_reset: 2 + 2 + 2,
+        evictions: 2,
+        registrations: 2 + 2 + 2 + 1,
+        registration_dedup: 2,
+        match_requested: 5 + 1,
+        match_returned: 1,
+        scan_requested: 2,
+        scan_returned: 1,
+        filling: 0,
+    };
+    assert_eq!(pool.activity(), expected);
 }
 
 #[test]

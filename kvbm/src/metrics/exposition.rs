@@ -5,7 +5,7 @@ use std::fmt::{Display, Write};
 
 use super::HitRates;
 use crate::{
-    pool::PoolStats,
+    pool::{PoolActivity, PoolStats},
     tier::{Dropped, Evicted, Histogram, MoveKind, NotLoaded, TierState, TierStats},
 };
 
@@ -254,7 +254,7 @@ fn tiers(text: &mut Text, stats: &TierStats) {
     }
     let mut family = text.counter(
         "kvbm_evicted_blocks_total",
-        "Blocks that left host memory, by reason.",
+        "Blocks that left a tier, by reason.",
     );
     for reason in Evicted::ALL {
         family.sample(
@@ -262,7 +262,18 @@ fn tiers(text: &mut Text, stats: &TierStats) {
             stats.host_evicted(reason),
         );
     }
-    let pools = [("host", &stats.host), ("disk", &stats.disk)];
+    for (tier, activity) in [
+        ("device", &stats.device_activity),
+        ("disk", &stats.disk_activity),
+    ] {
+        let labels = format!("tier=\"{tier}\",reason=\"{}\"", Evicted::Room.name());
+        family.sample(&labels, activity.evictions);
+    }
+    let pools = [
+        ("device", &stats.device),
+        ("host", &stats.host),
+        ("disk", &stats.disk),
+    ];
     let mut family = text.gauge("kvbm_blocks", "Blocks of a tier by what they are used for.");
     for (tier, pool) in pools {
         for (state, blocks) in states(pool) {
@@ -274,24 +285,7 @@ fn tiers(text: &mut Text, stats: &TierStats) {
     for (tier, pool) in pools {
         family.sample(&label("tier", tier), pool.total);
     }
-    // kvbm-logical's names for the same.
-    let mut family = text.gauge("kvbm_reset_pool_size", "Blocks without contents.");
-    for (pool, stats) in pools {
-        family.sample(&label("pool", pool), stats.free);
-    }
-    let mut family = text.gauge(
-        "kvbm_inactive_pool_size",
-        "Blocks with contents that nobody holds.",
-    );
-    for (pool, stats) in pools {
-        family.sample(&label("pool", pool), stats.cached);
-    }
-    let evicted: u64 = stats.host_evicted.iter().sum();
-    text.counter(
-        "kvbm_evictions_total",
-        "Blocks that were overwritten or made room.",
-    )
-    .sample("pool=\"host\"", evicted);
+    logical(text, stats);
 
     let below = [
         (
@@ -334,6 +328,96 @@ fn tiers(text: &mut Text, stats: &TierStats) {
     for (tier, _, _, invalid) in below {
         family.sample(&label("tier", tier), invalid);
     }
+}
+
+/// What kvbm-logical has, under its names. It stages a block before it registers it, which is one step
+/// here, and keeps duplicates if it is told to, which no pool does here.
+fn logical(text: &mut Text, stats: &TierStats) {
+    let pools = [
+        ("device", &stats.device, &stats.device_activity),
+        ("host", &stats.host, &stats.host_activity),
+        ("disk", &stats.disk, &stats.disk_activity),
+    ];
+    let mut counter = |name, help, value: fn(&PoolActivity) -> u64| {
+        let mut family = text.counter(name, help);
+        for (pool, _, activity) in pools {
+            family.sample(&label("pool", pool), value(activity));
+        }
+    };
+    counter(
+        "kvbm_allocations_total",
+        "Blocks handed out to be filled.",
+        |a| a.allocations,
+    );
+    counter(
+        "kvbm_allocations_from_reset_total",
+        "Those of them that had no contents.",
+        |a| a.allocations_from_reset,
+    );
+    counter(
+        "kvbm_registrations_total",
+        "Blocks registered under a name.",
+        |a| a.registrations,
+    );
+    counter(
+        "kvbm_registration_dedup_total",
+        "Those of them whose name was there already.",
+        |a| a.registration_dedup,
+    );
+    counter(
+        "kvbm_match_hashes_requested_total",
+        "Names of prefixes that were looked up.",
+        |a| a.match_requested,
+    );
+    counter(
+        "kvbm_match_blocks_returned_total",
+        "Blocks of such prefixes that were there.",
+        |a| a.match_returned,
+    );
+    counter(
+        "kvbm_scan_hashes_requested_total",
+        "Names that were looked up one by one.",
+        |a| a.scan_requested,
+    );
+    counter(
+        "kvbm_scan_blocks_returned_total",
+        "Blocks of such names that were there.",
+        |a| a.scan_returned,
+    );
+    let made_room: u64 = stats.host_evicted.iter().sum();
+    let mut family = text.counter(
+        "kvbm_evictions_total",
+        "Blocks that were overwritten or made room.",
+    );
+    family.sample("pool=\"device\"", stats.device_activity.evictions);
+    family.sample("pool=\"host\"", made_room);
+    family.sample("pool=\"disk\"", stats.disk_activity.evictions);
+    let mut gauge = |name, help, value: fn(&PoolStats, &PoolActivity) -> usize| {
+        let mut family = text.gauge(name, help);
+        for (pool, stats, activity) in pools {
+            family.sample(&label("pool", pool), value(stats, activity));
+        }
+    };
+    gauge(
+        "kvbm_inflight_mutable",
+        "Blocks that are being filled.",
+        |_, a| a.filling,
+    );
+    gauge(
+        "kvbm_inflight_immutable",
+        "Blocks with contents that somebody holds.",
+        |s, a| s.active.saturating_sub(a.filling),
+    );
+    gauge(
+        "kvbm_reset_pool_size",
+        "Blocks without contents.",
+        |s, _| s.free,
+    );
+    gauge(
+        "kvbm_inactive_pool_size",
+        "Blocks with contents that nobody holds.",
+        |s, _| s.cached,
+    );
 }
 
 fn disk(text: &mut Text, stats: &TierStats, wear: Option<DiskWear>) {
@@ -475,6 +559,10 @@ mod tests {
             moved.latency.record(Duration::from_micros(100));
             moved.latency.record(Duration::from_secs(3600));
         }
+        stats.device.active = 5;
+        stats.device_activity.filling = 2;
+        stats.host_activity.match_requested = 17;
+        stats.disk_activity.evictions = 6;
         stats.onboarded.blocks.disk = 5;
         stats.invalid.disk = 3;
         stats.states.disk = TierState::Off("gone".to_owned());
@@ -552,6 +640,11 @@ mod tests {
             "kvbm_transfer_seconds_count{from=\"device\",to=\"host\"} 2",
             "kvbm_transfer_seconds_sum{from=\"device\",to=\"host\"} 3600.0001",
             "kvbm_blocks{tier=\"host\",state=\"cached\"} 7",
+            "kvbm_inflight_mutable{pool=\"device\"} 2",
+            "kvbm_inflight_immutable{pool=\"device\"} 3",
+            "kvbm_match_hashes_requested_total{pool=\"host\"} 17",
+            "kvbm_evictions_total{pool=\"disk\"} 6",
+            "kvbm_evicted_blocks_total{tier=\"disk\",reason=\"room\"} 6",
             "kvbm_tier_state{tier=\"disk\",state=\"off\"} 1",
             "kvbm_tier_state{tier=\"disk\",state=\"on\"} 0",
             "kvbm_invalid_blocks_total{tier=\"disk\"} 3",

@@ -36,6 +36,59 @@ pub struct PoolStats {
     pub retired: usize,
 }
 
+/// What a pool has done since it was made. The names are those of kvbm-logical's metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolActivity {
+    /// Blocks handed out to be filled.
+    pub allocations: u64,
+    /// Those of them that were free.
+    pub allocations_from_reset: u64,
+    /// Blocks that lost their contents for others.
+    pub evictions: u64,
+    /// Blocks registered under a name.
+    pub registrations: u64,
+    /// Those of them whose name was there already: the block is free again, and the first one is used.
+    pub registration_dedup: u64,
+    /// Names for which a prefix was looked up.
+    pub match_requested: u64,
+    /// Blocks of such prefixes that were there.
+    pub match_returned: u64,
+    /// Names that were looked up one by one.
+    pub scan_requested: u64,
+    /// Those that were there.
+    pub scan_returned: u64,
+    /// Blocks that are held to be filled now, and have no name yet.
+    pub filling: usize,
+}
+
+impl PoolActivity {
+    /// Adds what another pool has done.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.allocations += other.allocations;
+        self.allocations_from_reset += other.allocations_from_reset;
+        self.evictions += other.evictions;
+        self.registrations += other.registrations;
+        self.registration_dedup += other.registration_dedup;
+        self.match_requested += other.match_requested;
+        self.match_returned += other.match_returned;
+        self.scan_requested += other.scan_requested;
+        self.scan_returned += other.scan_returned;
+        self.filling += other.filling;
+    }
+}
+
+impl PoolStats {
+    /// Adds the blocks of another pool.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.total += other.total;
+        self.free += other.free;
+        self.cached += other.cached;
+        self.active += other.active;
+        self.quarantined += other.quarantined;
+        self.retired += other.retired;
+    }
+}
+
 /// Not enough blocks are free or evictable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error("{wanted} blocks wanted, {available} of {total} are free or evictable")]

@@ -10,7 +10,7 @@ mod store;
 use std::{fmt, sync::Arc};
 
 use blockplane_protocol::{BlockId, SequenceHash, TokenBlock};
-pub use config::{PoolConfig, PoolExhausted, PoolStats};
+pub use config::{PoolActivity, PoolConfig, PoolExhausted, PoolStats};
 
 #[cfg(not(loom))]
 use crate::arena::KvArena;
@@ -131,6 +131,7 @@ impl BlockPool {
         let found = self.shared.hold(|store, found| {
             found.reserve(names.len());
             found.extend(names.iter().filter_map(|name| store.acquire(name.sequence)));
+            store.scanned(names.len(), found.len());
         });
         HeldBlocks::counted(Arc::clone(&self.shared), found)
     }
@@ -144,6 +145,7 @@ impl BlockPool {
                     .iter()
                     .map_while(|block| store.acquire(block.sequence)),
             );
+            store.matched(blocks.len(), found.len());
         })
     }
 
@@ -157,6 +159,7 @@ impl BlockPool {
                 missing.push(block.is_none());
                 found.extend(block);
             }
+            store.scanned(names.len(), found.len());
         });
         let mut found = found.into_iter();
         let block = |missing| if missing { None } else { found.next() };
@@ -287,6 +290,12 @@ impl BlockPool {
     #[must_use]
     pub fn stats(&self) -> PoolStats {
         self.shared.books().store.stats()
+    }
+
+    /// What it has done, and does.
+    #[must_use]
+    pub fn activity(&self) -> PoolActivity {
+        self.shared.books().store.activity
     }
 
     /// The events of the hub of this pool, the first one that it joined if there are several. They

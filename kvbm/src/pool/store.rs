@@ -5,7 +5,7 @@ use blockplane_protocol::{BlockId, SequenceHash, SnapshotBlock, StoredBlock, Tie
 use hashbrown::{HashTable, hash_table::Entry};
 
 use super::{
-    PoolExhausted, PoolStats,
+    PoolActivity, PoolExhausted, PoolStats,
     slot::{BLOCKS_END, Slot, State},
 };
 use crate::evict::{EvictionPolicy, Released};
@@ -31,6 +31,7 @@ pub(crate) struct Store {
     active: usize,
     quarantined: usize,
     retired: usize,
+    pub(super) activity: PoolActivity,
 }
 
 /// A registered block as it is in the books.
@@ -71,6 +72,7 @@ impl Store {
             active: 0,
             quarantined: 0,
             retired: 0,
+            activity: PoolActivity::default(),
         }
     }
 
@@ -124,13 +126,21 @@ impl Store {
             lease(id);
         }
         self.active += wanted;
+        self.activity.filling += wanted;
+        let evicted = self.removed.len();
+        self.activity.allocations += wanted as u64;
+        self.activity.allocations_from_reset += (wanted - evicted) as u64;
+        self.activity.evictions += evicted as u64;
         Ok(&self.removed)
     }
 
     /// A leased or quarantined block is free again.
     pub(crate) fn release_lease(&mut self, id: BlockId) {
         match self.slots[id.index()].state() {
-            State::Leased => self.active -= 1,
+            State::Leased => {
+                self.active -= 1;
+                self.activity.filling -= 1;
+            }
             State::Quarantined => self.quarantined -= 1,
             state => unreachable!("block {} has a lease and is {state:?}", id.0),
         }
@@ -141,12 +151,14 @@ impl Store {
     pub(crate) fn retire_lease(&mut self, id: BlockId) {
         self.replace_state(id, State::Leased, State::Retired);
         self.active -= 1;
+        self.activity.filling -= 1;
         self.retired += 1;
     }
 
     pub(crate) fn quarantine(&mut self, id: BlockId) {
         self.replace_state(id, State::Leased, State::Quarantined);
         self.active -= 1;
+        self.activity.filling -= 1;
         self.quarantined += 1;
     }
 
@@ -154,6 +166,7 @@ impl Store {
         self.replace_state(id, State::Quarantined, State::Leased);
         self.quarantined -= 1;
         self.active += 1;
+        self.activity.filling += 1;
     }
 
     /// Gives the leased block `id` its name, with one holder. `parent_at` is where the parent may be.
@@ -174,7 +187,10 @@ impl Store {
             self.slots[id.index()].fill(State::Unnamed, hashes, parent, None);
             Registered::Private
         };
+        self.activity.filling -= 1;
+        self.activity.registrations += 1;
         if let Registered::Duplicate(first) = outcome {
+            self.activity.registration_dedup += 1;
             self.hold(first);
             self.active -= 1;
             self.free_slot(id);
@@ -218,6 +234,18 @@ impl Store {
         let id = self.named(hash)?;
         self.hold(id);
         Some(self.found(id))
+    }
+
+    /// Counts a prefix of `names` that was looked up, of which `found` blocks were there.
+    pub(crate) fn matched(&mut self, names: usize, found: usize) {
+        self.activity.match_requested += names as u64;
+        self.activity.match_returned += found as u64;
+    }
+
+    /// Counts names that were looked up one by one.
+    pub(crate) fn scanned(&mut self, names: usize, found: usize) {
+        self.activity.scan_requested += names as u64;
+        self.activity.scan_returned += found as u64;
     }
 
     pub(crate) fn contains(&self, hash: SequenceHash) -> bool {

@@ -3,15 +3,23 @@
 use std::time::Duration;
 
 use super::{found::PerTier, health::TierState, moves::MoveKind, onboard::NotLoaded};
-use crate::pool::PoolStats;
+use crate::pool::{PoolActivity, PoolStats};
 
 /// What the tiers hold and have done since the start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TierStats {
+    /// G1 of all ranks.
+    pub device: PoolStats,
+    /// What they did.
+    pub device_activity: PoolActivity,
     /// G2; all zero without one.
     pub host: PoolStats,
+    /// What it did.
+    pub host_activity: PoolActivity,
     /// G3; all zero without one.
     pub disk: PoolStats,
+    /// What it did.
+    pub disk_activity: PoolActivity,
     /// Blocks known to be in G4.
     pub remote_blocks: usize,
     /// Moves, by [`MoveKind`] in the order of [`MoveKind::ALL`].

@@ -385,6 +385,11 @@ impl Tiers {
         let mut stats = self.stats.clone();
         if self.listed {
             stats.host = self.host.stats();
+            stats.host_activity = self.host.activity();
+        }
+        for rank in &self.ranks {
+            stats.device.add(&rank.pool.stats());
+            stats.device_activity.add(&rank.pool.activity());
         }
         for (moves, running) in stats.moves.iter_mut().zip(self.running) {
             moves.running = running;
@@ -392,6 +397,7 @@ impl Tiers {
         stats.offload_queue_blocks = self.offloads.len();
         if let Some(disk) = &self.disk {
             stats.disk = disk.pool.stats();
+            stats.disk_activity = disk.pool.activity();
             stats.disk_queue_blocks = disk.writes.len();
             stats.disk_quarantined_blocks = disk.quarantined();
             stats.states.disk = disk.health.state().clone();
