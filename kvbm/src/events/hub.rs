@@ -245,7 +245,7 @@ impl EventHub {
                 })
                 .collect(),
         };
-        Some(KvSnapshot::sorted(last_event_id, blocks))
+        Some(KvSnapshot::sorted(last_event_id, &blocks))
     }
 
     /// No event will come any more.

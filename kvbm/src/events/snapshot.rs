@@ -1,10 +1,7 @@
 //! Everything a pool can find, in an order in which an index can be built.
 
-use std::{collections::HashMap, hash::BuildHasherDefault};
-
-use blockplane_protocol::{SequenceHash, SnapshotBlock};
-
-use crate::pool::HashIsUniform;
+use blockplane_protocol::SnapshotBlock;
+use hashbrown::HashTable;
 
 /// The registered blocks of a pool at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -16,43 +13,35 @@ pub struct KvSnapshot {
 }
 
 impl KvSnapshot {
-    pub(crate) fn sorted(last_event_id: u64, blocks: Vec<SnapshotBlock>) -> Self {
-        let depths = depths(&blocks);
-        let mut ranked: Vec<_> = depths.into_iter().zip(blocks).collect();
-        ranked.sort_by_key(|(depth, _)| *depth);
+    pub(crate) fn sorted(last_event_id: u64, blocks: &[SnapshotBlock]) -> Self {
         Self {
             last_event_id,
-            blocks: ranked.into_iter().map(|(_, block)| block).collect(),
+            blocks: parents_first(blocks),
         }
     }
 }
 
-/// How many ancestors of each block are here.
-fn depths(blocks: &[SnapshotBlock]) -> Vec<usize> {
-    let index: HashMap<SequenceHash, usize, BuildHasherDefault<HashIsUniform>> = blocks
-        .iter()
-        .enumerate()
-        .map(|(i, entry)| (entry.block.sequence, i))
-        .collect();
-    let parent_of = |i: usize| index.get(&blocks[i].parent?).copied();
-    let mut depths = vec![None; blocks.len()];
+/// The same blocks, each after its parent: a path from a block up to the first one that is placed is
+/// placed from its end.
+fn parents_first(blocks: &[SnapshotBlock]) -> Vec<SnapshotBlock> {
+    let name = |i: &usize| blocks[*i].block.sequence;
+    let mut index = HashTable::with_capacity(blocks.len());
+    for i in 0..blocks.len() {
+        index.insert_unique(name(&i).0, i, |i| name(i).0);
+    }
+    let mut placed = vec![false; blocks.len()];
+    let mut ordered = Vec::with_capacity(blocks.len());
     let mut path = Vec::new();
     for start in 0..blocks.len() {
         let mut next = Some(start);
-        let mut depth = 0;
-        // The bound matters only if colliding hashes make a block its own ancestor.
-        while let Some(i) = next.filter(|_| path.len() < blocks.len()) {
-            if let Some(known) = depths[i] {
-                depth = known + 1;
-                break;
-            }
+        // What is placed ends the path, also if colliding hashes make a block its own ancestor.
+        while let Some(i) = next.filter(|i| !placed[*i]) {
+            placed[i] = true;
             path.push(i);
-            next = parent_of(i);
+            let parent = blocks[i].parent;
+            next = parent.and_then(|parent| index.find(parent.0, |i| name(i) == parent).copied());
         }
-        while let Some(i) = path.pop() {
-            depths[i] = Some(depth);
-            depth += 1;
-        }
+        ordered.extend(path.drain(..).rev().map(|i| blocks[i]));
     }
-    depths.into_iter().map(|depth| depth.unwrap_or(0)).collect()
+    ordered
 }
