@@ -1,4 +1,5 @@
-//! `blockplane bench kvbm`: blocks between host memory (G2) and the store on disk (G3).
+//! `blockplane bench kvbm`: the books of a tier, and blocks between host memory (G2) and the store on
+//! disk (G3).
 //!
 //! Blocks at random places of the store are written and read by several threads, each a batch at a
 //! time, as the tier manager does it: with intents, headers and checksums. fio does random requests of
@@ -7,6 +8,7 @@
 //! without a store are the limit. Processor time is that of the whole process.
 
 mod moves;
+mod pools;
 mod recovery;
 
 use std::{
@@ -101,6 +103,7 @@ fn measure<W: Write>(args: &TiersArgs, report: &mut Report<W>) -> anyhow::Result
         true => (2, Duration::from_millis(150)),
         false => (args.runs, Duration::from_millis(args.run_ms.max(1))),
     };
+    pools::measure(args.quick, report)?;
     let folder = tempfile::Builder::new()
         .prefix("blockplane-bench-kvbm-")
         .tempdir_in(&args.path)?;
