@@ -52,6 +52,10 @@
 //! # Ok::<(), blockplane_kvbm::PoolExhausted>(())
 //! ```
 #![forbid(unsafe_code)]
+#![cfg_attr(
+    loom,
+    allow(dead_code, reason = "what only the tiers use, which no model has")
+)]
 
 pub mod admit;
 #[cfg(not(loom))]

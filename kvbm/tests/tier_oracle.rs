@@ -32,6 +32,7 @@ struct Shape {
     remote: bool,
     admission: AdmissionKind,
     promote: bool,
+    demote_ahead: bool,
     budget: Option<u64>,
     batch: u32,
     concurrent: u32,
@@ -125,7 +126,7 @@ fn shape() -> impl Strategy<Value = Shape> {
             admission,
         ),
         (
-            any::<bool>(),
+            (any::<bool>(), any::<bool>()),
             proptest::option::of(200..2000u64),
             1..5u32,
             1..5u32,
@@ -135,7 +136,7 @@ fn shape() -> impl Strategy<Value = Shape> {
         .prop_map(
             |(
                 (device, host, disk, remote, admission),
-                (promote, budget, batch, concurrent, queue),
+                ((promote, demote_ahead), budget, batch, concurrent, queue),
             )| Shape {
                 device,
                 host: if disk == 0 && !remote {
@@ -147,6 +148,7 @@ fn shape() -> impl Strategy<Value = Shape> {
                 remote,
                 admission,
                 promote,
+                demote_ahead,
                 budget,
                 batch,
                 concurrent,
@@ -239,6 +241,7 @@ impl World {
             remote: shape.remote.then(RemoteConfig::default),
             queues,
             promote: shape.promote,
+            demote_ahead: shape.demote_ahead,
             host_min_priority: 10,
             ..TierConfig::default()
         };

@@ -151,6 +151,7 @@ impl<'a, W: World> Driver<'a, W> {
     /// Begins a request. False when G1 has no room for it now.
     fn start(&mut self, number: usize, asked: &Asked<'_>) -> anyhow::Result<bool> {
         let (now, names) = (self.now, asked.blocks);
+        self.world.step();
         let Some(tiers) = &mut self.tiers else {
             let found = self.device.match_prefix(names);
             let Ok(targets) = self.device.lease(names.len() - found.len()) else {
@@ -283,6 +284,7 @@ impl<'a, W: World> Driver<'a, W> {
         loaded: usize,
     ) -> anyhow::Result<()> {
         let held = self.compute(names, found, targets, loaded)?;
+        self.world.step();
         if let Some(tiers) = &mut self.tiers
             && loaded < names.len()
         {

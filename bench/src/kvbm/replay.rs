@@ -146,6 +146,7 @@ impl ReplayArgs {
         };
         if self.compat == Some(Compat::Kvbm) {
             simulation.promote = false;
+            simulation.plain = true;
             simulation.speeds = LinkSpeeds::default();
         }
         Ok((simulation, block_bytes))

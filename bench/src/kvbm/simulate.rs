@@ -1,7 +1,10 @@
 //! One configuration against one trace, without bytes.
 
+use std::sync::{Arc, atomic::AtomicU32};
+
 use blockplane_kvbm::{
-    AdmissionConfig, AdmissionKind, BlockPool, EvictionKind, PoolConfig, WriteBudgetConfig,
+    AdmissionConfig, AdmissionKind, BlockPool, EvictionKind, Lru, PoolBuilder, PoolConfig,
+    WriteBudgetConfig,
     tier::{DiskConfig, QueueConfig, TierConfig, TierPools, Tiers},
 };
 
@@ -24,6 +27,9 @@ pub struct Simulation {
     pub budget: WriteBudgetConfig,
     /// Whether what is read from G3 stays in G2.
     pub promote: bool,
+    /// Whether the order in which blocks are overwritten, where that is LRU, and the time at which
+    /// they are written are those of a simulator that knows neither sequences nor time.
+    pub plain: bool,
     /// Bounds of the queues.
     pub queues: QueueConfig,
     /// Bytes of a block, for budgets and links.
@@ -44,6 +50,7 @@ impl Simulation {
             admission: AdmissionKind::default(),
             budget: WriteBudgetConfig::default(),
             promote: true,
+            plain: false,
             queues: QueueConfig::default(),
             block_bytes: 1,
             speeds: LinkSpeeds::default(),
@@ -73,14 +80,28 @@ impl Simulation {
             host_eviction: self.evictions[1],
             disk: (self.g3_blocks > 0).then_some(disk),
             promote: self.promote,
+            demote_ahead: !self.plain,
             queues: self.queues,
             ..TierConfig::default()
         })
     }
 }
 
+/// As [`pool`], and with `step` in the order of a simulator without sequences, if that is LRU.
+fn stepped_pool(
+    eviction: EvictionKind,
+    prefix_caching: bool,
+    step: Option<&Arc<AtomicU32>>,
+) -> PoolBuilder {
+    let pool = pool(eviction, prefix_caching);
+    match step.filter(|_| eviction == EvictionKind::Lru) {
+        Some(step) => pool.policy(Box::new(Lru::stepped(Arc::clone(step)))),
+        None => pool,
+    }
+}
+
 /// A pool whose events nobody hears.
-pub(super) fn pool(eviction: EvictionKind, prefix_caching: bool) -> blockplane_kvbm::PoolBuilder {
+pub(super) fn pool(eviction: EvictionKind, prefix_caching: bool) -> PoolBuilder {
     let config = PoolConfig {
         prefix_caching,
         ..PoolConfig::default()
@@ -96,20 +117,23 @@ pub(super) fn pool(eviction: EvictionKind, prefix_caching: bool) -> blockplane_k
 /// When the configuration cannot work, or a prompt does not fit into G1.
 pub fn simulate(trace: &Trace, simulation: &Simulation) -> anyhow::Result<Outcome> {
     let config = simulation.tier_config(trace.block_tokens());
+    let steps = simulation.plain.then(Arc::<AtomicU32>::default);
+    let step = steps.as_ref();
     let tiers = match &config {
         None => None,
         Some(config) => {
-            let host = pool(config.host_eviction, config.host_blocks > 0);
+            let host = stepped_pool(config.host_eviction, config.host_blocks > 0, step);
             let disk = config.disk.as_ref();
             let pools = TierPools {
                 host: host.accounting(config.host_memory_blocks()),
-                disk: disk.map(|disk| pool(disk.eviction, true).accounting(disk.blocks)),
+                disk: disk
+                    .map(|disk| stepped_pool(disk.eviction, true, step).accounting(disk.blocks)),
                 remote: None,
             };
             Some(Tiers::new(config, pools, simulation.block_bytes)?)
         }
     };
     let onboard_time = simulation.queues.onboard_time;
-    let world = Null::new(simulation.speeds, simulation.block_bytes);
+    let world = Null::new(simulation.speeds, simulation.block_bytes, steps.clone());
     Driver::new(trace, simulation.device(), tiers, world, onboard_time).run()
 }

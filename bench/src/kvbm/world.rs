@@ -1,6 +1,12 @@
 //! What is behind the books of a replay: nothing, or bytes.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use blockplane_kvbm::tier::{MoveReport, MoveSpec};
 use blockplane_protocol::{BlockId, TokenBlock};
@@ -15,6 +21,9 @@ pub(super) trait World {
     /// Does the move.
     fn carry(&mut self, spec: &MoveSpec) -> MoveReport;
 
+    /// A request begins, or has its blocks.
+    fn step(&mut self) {}
+
     /// A block of G1 was computed.
     fn computed(&mut self, block: BlockId, name: TokenBlock) -> anyhow::Result<()>;
 
@@ -27,13 +36,20 @@ pub(super) trait World {
 pub(super) struct Null {
     links: Links,
     block_bytes: u64,
+    steps: Option<Arc<AtomicU32>>,
 }
 
 impl Null {
-    pub(super) const fn new(speeds: LinkSpeeds, block_bytes: u64) -> Self {
+    /// `steps` counts the steps of requests.
+    pub(super) const fn new(
+        speeds: LinkSpeeds,
+        block_bytes: u64,
+        steps: Option<Arc<AtomicU32>>,
+    ) -> Self {
         Self {
             links: Links::new(speeds),
             block_bytes,
+            steps,
         }
     }
 }
@@ -49,6 +65,12 @@ impl World for Null {
             spec.blocks.len(),
             spec.blocks.len() as u64 * self.block_bytes,
         )
+    }
+
+    fn step(&mut self) {
+        if let Some(steps) = &self.steps {
+            steps.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     fn computed(&mut self, _: BlockId, _: TokenBlock) -> anyhow::Result<()> {

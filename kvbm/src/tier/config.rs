@@ -29,6 +29,10 @@ pub struct TierConfig {
     pub health: HealthConfig,
     /// Whether blocks read from G3 or G4 stay in G2. Default `true`.
     pub promote: bool,
+    /// Whether blocks of G2 that are written to G3 when their room is needed
+    /// ([`AdmissionKind::OnEvict`](crate::AdmissionKind::OnEvict)) go some batches before it is, so that nothing waits
+    /// for the disk. Without it they go when something waits for their room. Default `true`.
+    pub demote_ahead: bool,
     /// Blocks with a lower priority (0 to 100) are not offloaded, nor are the later ones of the same
     /// request. Blocks without a priority are. Default 0: all are.
     pub host_min_priority: u32,
@@ -117,6 +121,7 @@ impl Default for TierConfig {
             queues: QueueConfig::default(),
             health: HealthConfig::default(),
             promote: true,
+            demote_ahead: true,
             host_min_priority: 0,
         }
     }

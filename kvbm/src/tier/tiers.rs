@@ -293,7 +293,9 @@ impl Tiers {
             return None;
         }
         self.blocked = false;
+        let room_first = !self.config.demote_ahead;
         self.start_load(now)
+            .or_else(|| room_first.then(|| self.start_demotion(now)).flatten())
             .or_else(|| self.start_read(now, Tier::Disk))
             .or_else(|| self.start_read(now, Tier::Remote))
             .or_else(|| self.start_demotion(now))

@@ -216,7 +216,7 @@ impl Tiers {
         let kind = MoveKind::HostToDisk;
         loop {
             let host = self.host.stats();
-            let wanted = self.room_ahead(host.total).saturating_sub(host.free);
+            let wanted = self.room_wanted(host.total).saturating_sub(host.free);
             if wanted == 0 || host.cached == 0 || !self.lane_open(now, kind) {
                 return None;
             }
@@ -421,9 +421,14 @@ impl Tiers {
         (remote.write_through && remote.health.writable(now)).then_some(remote)
     }
 
-    /// Blocks of G2 that are made free before they are needed.
-    fn room_ahead(&self, host_blocks: usize) -> usize {
-        (2 * self.batch_max()).min(host_blocks / 8).max(1)
+    /// Blocks of G2 that are to be free: some batches, or what is waited for.
+    fn room_wanted(&self, host_blocks: usize) -> usize {
+        let batches = 2 * self.batch_max();
+        if self.config.demote_ahead {
+            return batches.min(host_blocks / 8).max(1);
+        }
+        let reads = self.disk_reads.len() + self.remote_reads.len();
+        reads.max(self.offloads.len()).min(self.batch_max())
     }
 }
 
