@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Instant;
 
 use super::{Core, LaneChoice, Session, find_in_process};
@@ -146,6 +147,16 @@ impl Peer {
     #[must_use]
     pub fn lost(&self) -> Option<PeerLost> {
         self.session().and_then(|session| session.lost())
+    }
+
+    /// Waits for the loss of the connection: ready with its reason once it is lost, and with `None`
+    /// where there is no connection. Until then the task of `context` is woken by the loss; each task
+    /// that asked is kept until then.
+    pub fn poll_lost(&self, context: &Context<'_>) -> Poll<Option<PeerLost>> {
+        match self.session() {
+            Some(session) => session.poll_lost(context).map(Some),
+            None => Poll::Ready(None),
+        }
     }
 
     /// Ends the connection; operations in flight fail with [`PeerLost`].

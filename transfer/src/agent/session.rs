@@ -5,6 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -68,6 +69,8 @@ struct State {
     lost: Option<PeerLost>,
     closed: bool,
     in_flight: HashMap<u64, Arc<TransferState>>,
+    /// Who is to be woken by the loss.
+    mourners: Vec<Waker>,
 }
 
 impl fmt::Debug for Session {
@@ -256,6 +259,19 @@ impl Session {
         }
     }
 
+    /// Why the peer is lost; or the task is woken when it is.
+    pub(crate) fn poll_lost(&self, context: &Context<'_>) -> Poll<PeerLost> {
+        let mut state = self.state.lock();
+        if let Some(lost) = &state.lost {
+            return Poll::Ready(lost.clone());
+        }
+        let waker = context.waker();
+        if !state.mourners.iter().any(|known| known.will_wake(waker)) {
+            state.mourners.push(waker.clone());
+        }
+        Poll::Pending
+    }
+
     /// The peer is gone: everything in flight ends, nothing new starts.
     pub(crate) fn lose(&self, cause: LossCause) {
         let mut state = self.state.lock();
@@ -276,10 +292,12 @@ impl Session {
         }
         state.lost = Some(lost.clone());
         let in_flight: Vec<_> = state.in_flight.values().cloned().collect();
+        let mourners = std::mem::take(&mut state.mourners);
         drop(state);
         for transfer in in_flight {
             transfer.stop(TransferError::PeerLost(lost.clone()));
         }
+        mourners.into_iter().for_each(Waker::wake);
         self.backend.abandon();
         self.regions.lock().clear();
         let grants: Vec<_> = self.grants.lock().drain().collect();

@@ -78,6 +78,7 @@ conformance! {
     both_connect_at_once,
     a_lost_peer_is_named_before_its_windows,
     the_lost_do_not_count_as_peers;
+    a_loss_wakes_who_waits_for_it;
     tensors:
     every_arrangement_becomes_every_other,
     there_and_back_is_what_it_was,

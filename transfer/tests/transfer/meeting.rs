@@ -1,10 +1,13 @@
 //! The conformance suite, third part: agents that meet, all at once or one after the other.
 
-use std::sync::Barrier;
-use std::time::Duration;
+use std::sync::{Arc, Barrier};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::Thread;
+use std::time::{Duration, Instant};
 
 use blockplane_transfer::{
-    Agent, ConnectError, LossCause, Op, PostError, PostOptions, WindowAccess, WindowScope,
+    Agent, ConnectError, ConnectOptions, LossCause, Op, PostError, PostOptions, WindowAccess,
+    WindowScope,
 };
 
 use crate::support::{Blocks, Setup, WAIT, arena, bytes, fill_byte};
@@ -83,6 +86,41 @@ pub(crate) fn the_lost_do_not_count_as_peers(setup: &Setup) {
         matches!(refused, Err(ConnectError::TooMany { limit: 2 })),
         "{refused:?}"
     );
+}
+
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+/// Nobody has to look for losses: who asked is woken.
+pub(crate) fn a_loss_wakes_who_waits_for_it(setup: &Setup) {
+    let agents = ["hub", "guest"].map(|name| Agent::new(setup.config(name)).unwrap());
+    let [hub, guest] = agents;
+    let peer = hub.connect(&guest.metadata(), WAIT).unwrap();
+    let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+    let context = Context::from_waker(&waker);
+    for _ in 0..3 {
+        assert_eq!(peer.poll_lost(&context), Poll::Pending);
+    }
+    let (started, other) = (Instant::now(), std::thread::spawn(move || drop(guest)));
+    let lost = loop {
+        match peer.poll_lost(&context) {
+            Poll::Ready(lost) => break lost,
+            // Far beyond the limit of the test: only a wake-up ends it in time.
+            Poll::Pending => std::thread::park_timeout(WAIT * 10),
+        }
+    };
+    assert!(started.elapsed() < WAIT, "{:?}", started.elapsed());
+    assert_eq!(lost, peer.lost());
+    assert!(lost.is_some_and(|lost| lost.cause != LossCause::Disconnected));
+    other.join().unwrap();
+    let stranger = Agent::new(setup.config("stranger")).unwrap().metadata();
+    let unmet = hub.remember(&stranger, ConnectOptions::within(WAIT));
+    assert_eq!(unmet.unwrap().poll_lost(&context), Poll::Ready(None));
 }
 
 /// A connection takes its windows along; what is said is that the peer is lost, which reconnecting
