@@ -299,7 +299,7 @@ fn wrong_bytes_are_noticed() {
 #[test]
 fn what_is_lent_is_bounded_and_ends() {
     let few = PeerTierConfig {
-        lent_blocks_max: 4,
+        lent_blocks_max: 8,
         ..PeerTierConfig::default()
     };
     let a = Worker::start("bound-a", 7, few);
@@ -310,7 +310,9 @@ fn what_is_lent_is_bounded_and_ends() {
     eventually("B knows what A has", || b.knows(&prompt));
     let names = prompt.blocks();
     let report = b.peers.run(&spec(names, 0, SOON));
-    assert!(matches!(&report.outcomes[0], BlockOutcome::Failed(why) if why.contains("at most 4")));
+    assert!(
+        matches!(&report.outcomes[0], BlockOutcome::Failed(why) if why.contains("8 that can be lent"))
+    );
     assert_eq!(a.peers.stats().refused, 1);
     let report = b.peers.run(&spec(&names[..4], 0, SOON));
     assert_eq!(report.outcomes, vec![BlockOutcome::Moved; 4]);

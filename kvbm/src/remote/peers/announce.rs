@@ -205,6 +205,10 @@ impl Inbox {
         self.names.len()
     }
 
+    pub(super) fn names(&self) -> impl Iterator<Item = SequenceHash> {
+        self.names.iter().copied()
+    }
+
     /// It turned out not to be there.
     pub(super) fn forget(&mut self, name: SequenceHash) {
         self.names.remove(&name);

@@ -82,7 +82,8 @@ pub(super) fn run(core: &Arc<Core>, spec: &MoveSpec) -> MoveReport {
         let reason = format!("a peer tier does no moves {}", spec.kind);
         return MoveReport::failed(spec.blocks.len(), &reason);
     }
-    let deadline = Instant::now() + spec.time;
+    let started = Instant::now();
+    let deadline = started + spec.time;
     let mut outcomes: Vec<Option<BlockOutcome>> = vec![None; spec.blocks.len()];
     let mut groups = groups(core, &spec.blocks, &mut outcomes);
     let ask_until = deadline.min(Instant::now() + core.config.lease_wait);
@@ -108,6 +109,7 @@ pub(super) fn run(core: &Arc<Core>, spec: &MoveSpec) -> MoveReport {
         .into_iter()
         .map(|outcome| outcome.unwrap_or_else(late))
         .collect();
+    core.counters.read_times.lock().record(started.elapsed());
     let mut moved = 0;
     for (block, outcome) in spec.blocks.iter().zip(&outcomes) {
         let counters = &core.counters;

@@ -15,7 +15,7 @@ use blockplane_transfer::{Window, WindowAccess, WindowBusy, WindowId, WindowScop
 use super::{
     super::format::payload_seed,
     Core,
-    codec::{Lease, Lent, Message},
+    codec::{Lease, Lent as LentBlock, Message},
     count, link,
 };
 use crate::{block::ImmutableBlock, store::StoreMemory};
@@ -114,8 +114,54 @@ pub(super) fn lend(core: &Core, commands: &Receiver<Command>) {
             lease.ended |= stopping;
             !(lease.ended && quiet(lease))
         });
-        let held: usize = open.iter().map(|lease| lease.blocks.len()).sum();
-        core.counters.held.store(held as u64, Ordering::Relaxed);
+        let lent = Lent::of(open.iter());
+        let held = (lent.in_force + lent.overdue) as u64;
+        core.counters.held.store(held, Ordering::Relaxed);
+        let overdue = lent.overdue as u64;
+        core.counters.overdue.store(overdue, Ordering::Relaxed);
+    }
+}
+
+/// Blocks that are lent, to one peer or to all.
+#[derive(Clone, Copy, Debug, Default)]
+struct Lent {
+    in_force: usize,
+    /// Of leases that have ended, and that somebody may still be reading.
+    overdue: usize,
+}
+
+impl Lent {
+    fn of<'a>(open: impl Iterator<Item = &'a Open>) -> Self {
+        let mut lent = Self::default();
+        for lease in open {
+            match lease.ended {
+                false => lent.in_force += lease.blocks.len(),
+                true => lent.overdue += lease.blocks.len(),
+            }
+        }
+        lent
+    }
+
+    /// Whether a peer that has `its` of what is lent may have `more`: all it has may be as much as is
+    /// left then, a dynamic threshold as in Choudhury and Hahne, "Dynamic queue length thresholds for
+    /// shared-memory packet switches", 1998. So nobody can take everything. What is overdue counts
+    /// for who keeps it, and not against others before it is `max` more.
+    fn allows(self, max: usize, its: Self, more: usize) -> Result<(), String> {
+        let (lent, has) = (self.in_force, its.in_force + its.overdue);
+        let left = max.saturating_sub(lent + its.overdue + more);
+        if has + more > left {
+            return Err(format!(
+                "{lent} blocks are lent, {has} to this peer; with {more} more it has more than the {left} \
+                 that are left then, of {max} that can be lent"
+            ));
+        }
+        if self.overdue + lent + more > 2 * max {
+            return Err(format!(
+                "readers that do not go on keep {} blocks beyond their time; at most {max} can be",
+                self.overdue
+            ));
+        }
+        Ok(())
     }
 }
 
@@ -153,11 +199,8 @@ fn grant(
     if its.by_ref().count() >= LEASES_PER_PEER {
         return Err(format!("{LEASES_PER_PEER} leases are in force"));
     }
-    let held: usize = open.iter().map(|lease| lease.blocks.len()).sum();
-    if held + names.len() > core.config.lent_blocks_max {
-        let max = core.config.lent_blocks_max;
-        return Err(format!("{held} blocks are lent, at most {max} can be"));
-    }
+    let its = Lent::of(open.iter().filter(|lease| lease.peer == *peer));
+    Lent::of(open.iter()).allows(core.config.lent_blocks_max, its, names.len())?;
     let pool = core.state.lock().own.as_ref().map(|(pool, _)| pool.clone());
     let pool = pool.ok_or("nothing is lent")?;
     let memory = StoreMemory {
@@ -177,7 +220,7 @@ fn grant(
                 let checksum = checksum.map_err(|error| error.to_string())?;
                 let id = block.id().0;
                 blocks.push(block);
-                Some(Lent {
+                Some(LentBlock {
                     block: id,
                     checksum,
                 })
@@ -215,4 +258,40 @@ fn grant(
         ended: false,
     });
     Ok(Message::Lease(lease))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of 100, where all others have `in_force` and `overdue`, and one has `its`.
+    fn allows(others: [usize; 2], its: [usize; 2], more: usize) -> bool {
+        let lent = |[in_force, overdue]: [usize; 2]| Lent { in_force, overdue };
+        let all = lent([others[0] + its[0], others[1] + its[1]]);
+        all.allows(100, lent(its), more).is_ok()
+    }
+
+    #[test]
+    fn nobody_can_take_everything() {
+        assert!(allows([0, 0], [0, 0], 50) && !allows([0, 0], [0, 0], 51));
+        assert!(allows([0, 0], [30, 0], 20) && !allows([0, 0], [30, 0], 21));
+        // Who comes second gets half of the rest, and a third when the first one is content with that.
+        assert!(allows([50, 0], [0, 0], 25) && !allows([50, 0], [0, 0], 26));
+        assert!(allows([33, 0], [0, 0], 33) && !allows([33, 0], [0, 0], 34));
+        let mut shares = Vec::new();
+        for _ in 0..6 {
+            let lent = shares.iter().sum();
+            let share = (0..100).rev().find(|more| allows([lent, 0], [0, 0], *more));
+            shares.push(share.unwrap());
+        }
+        assert_eq!(shares, [50, 25, 12, 6, 3, 2]);
+    }
+
+    #[test]
+    fn who_does_not_go_on_takes_from_its_own_share_only() {
+        assert!(!allows([0, 0], [0, 50], 1), "the one that stopped");
+        assert!(allows([0, 50], [0, 0], 50), "another one");
+        // It is bounded nevertheless.
+        assert!(allows([0, 150], [0, 0], 50) && !allows([0, 151], [0, 0], 50));
+    }
 }

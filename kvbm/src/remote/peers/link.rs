@@ -20,8 +20,6 @@ use super::{
 };
 use crate::events::{EventFeed, EventSubscription};
 
-/// How often losses are looked for while there are connections.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// First and longest time between two greetings, or two tries to connect.
 const RETRY: Duration = Duration::from_millis(500);
 const RETRY_MAX: Duration = Duration::from_secs(16);
@@ -97,9 +95,11 @@ impl Known {
         Some((self.link.as_ref()?, self.data.as_ref()?, &greeted.0))
     }
 
-    fn is_lost(&self) -> bool {
+    /// Whether a connection is lost. If none is, the loss of either will wake the task.
+    fn is_lost(&self, context: &Context<'_>) -> bool {
         let peers = [&self.link, &self.data];
-        peers.into_iter().flatten().any(|peer| !peer.is_connected())
+        let mut peers = peers.into_iter().flatten();
+        peers.any(|peer| peer.poll_lost(context).is_ready())
     }
 
     /// What has to be connected: its control agent, then that of its G2.
@@ -129,7 +129,7 @@ impl Wake for Unpark {
     }
 }
 
-/// Receives, announces, greets and looks for losses until the tier is dropped.
+/// Receives, announces, greets and notices losses until the tier is dropped.
 pub(super) fn converse(core: &Core) {
     let notifications = core.control.notifications();
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
@@ -148,7 +148,7 @@ pub(super) fn converse(core: &Core) {
                 }
             }
         }
-        let Some(mut next) = look(core, &mut told, &mut out) else {
+        let Some(mut next) = look(core, &mut told, &context, &mut out) else {
             return;
         };
         let now = core.now();
@@ -295,10 +295,11 @@ fn receive(
     core.dial.notify_all();
 }
 
-/// Looks for losses and greets; when to look again. None when the tier was dropped.
+/// Notices losses and greets; when to greet again. None when the tier was dropped.
 fn look(
     core: &Core,
     told: &mut HashMap<Arc<str>, Told>,
+    context: &Context<'_>,
     out: &mut Outgoing,
 ) -> Option<Option<Duration>> {
     let mut state = core.state.lock();
@@ -310,7 +311,7 @@ fn look(
     let mut gone = Vec::new();
     let mut sessions = state.sessions;
     for (name, known) in &mut state.peers {
-        if known.is_lost() {
+        if known.is_lost(context) {
             sessions += 1;
             let (metadata, refused) = (known.metadata.clone(), known.refused);
             *known = Known::new(metadata, sessions, core.config.names_max);
@@ -320,13 +321,13 @@ fn look(
             continue;
         }
         let Some(link) = &known.link else { continue };
-        next = Some(now + LOOK_EVERY);
         if known.refused || (known.greeted.is_some() && !known.silent) {
             continue;
         }
         if known.greet.due(now) {
             out.push((link.clone(), core.hello(true)));
         }
+        next = [next, Some(known.greet.at)].into_iter().flatten().min();
     }
     state.sessions = sessions;
     told.retain(|name, told| {

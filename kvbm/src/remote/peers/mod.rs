@@ -8,17 +8,19 @@
 mod announce;
 mod borrow;
 mod codec;
+mod config;
 mod lend;
 #[cfg(test)]
 mod liar;
 mod link;
+mod stats;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fmt, io,
+    fmt,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::AtomicU64,
         mpsc::{SyncSender, sync_channel},
     },
     thread::{self, Thread},
@@ -26,18 +28,22 @@ use std::{
 };
 
 use blockplane_protocol::{DpRank, SequenceHash};
-use blockplane_transfer::{Agent, Metadata, MetadataError};
+use blockplane_transfer::{Agent, Metadata};
 use parking_lot::{Condvar, Mutex};
-use thiserror::Error;
 
 use self::{
     borrow::{Asked, Reply},
     codec::{Hello, Message},
     link::Known,
+    stats::{Counters, Distinct, count},
+};
+pub use self::{
+    config::{PeerParts, PeerTierConfig, PeerTierError},
+    stats::PeerStats,
 };
 use crate::{
     arena::KvArena,
-    events::{Consolidation, EventFeed, EventHub, JoinError},
+    events::{Consolidation, EventFeed, EventHub},
     fingerprint::Fingerprint,
     pool::BlockPool,
     tier::{MoveReport, MoveSpec, Mover, RemoteIndex},
@@ -47,139 +53,8 @@ use crate::{
 const EVENTS_MAX: usize = 1 << 16;
 /// Requests for leases that wait.
 const ASKS_MAX: usize = 256;
-
-/// How a worker exchanges blocks with its peers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PeerTierConfig {
-    /// Peers, at most. Default 64.
-    pub peers_max: usize,
-    /// Names kept of each peer, at most; what it has beyond is not found. Default 1,000,000. Cost:
-    /// about 16 bytes each.
-    pub names_max: usize,
-    /// Blocks of the own G2 that are lent at a time, to all peers together. They cannot be evicted
-    /// meanwhile. Default 1024.
-    pub lent_blocks_max: usize,
-    /// Longest time for which blocks are lent. Default 10 s. A reader asks for less: what is left of
-    /// its move.
-    pub lease_time: Duration,
-    /// Longest wait for a lease. A peer that does not answer in this time is not asked again before
-    /// it has said something. Default 500 ms.
-    pub lease_wait: Duration,
-    /// Least time between two announcements to one peer. Default 20 ms.
-    pub announce_every: Duration,
-}
-
-impl Default for PeerTierConfig {
-    fn default() -> Self {
-        Self {
-            peers_max: 64,
-            names_max: 1_000_000,
-            lent_blocks_max: 1024,
-            lease_time: Duration::from_secs(10),
-            lease_wait: Duration::from_millis(500),
-            announce_every: Duration::from_millis(20),
-        }
-    }
-}
-
-/// What a peer tier works with.
-#[derive(Debug)]
-pub struct PeerParts {
-    /// Carries the messages. Its notifications are used for nothing else. It may be `agent` if nobody
-    /// else takes that one's notifications.
-    pub control: Agent,
-    /// The agent whose memory G2 is.
-    pub agent: Agent,
-    /// G2.
-    pub host: Arc<KvArena>,
-    /// What the bytes of its blocks mean. Blocks are exchanged with peers of the same only.
-    pub fingerprint: Fingerprint,
-}
-
-/// Why there is no peer tier, or no such peer.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum PeerTierError {
-    /// A setting is out of range.
-    #[error("{field} is {got}; accepted: {accepted}")]
-    InvalidConfig {
-        /// The setting.
-        field: &'static str,
-        /// Its value.
-        got: String,
-        /// What is accepted.
-        accepted: &'static str,
-    },
-    /// G2 is not memory of that agent.
-    #[error("the memory of G2 cannot be told to peers: {0}")]
-    Memory(#[from] MetadataError),
-    /// A thread cannot be had.
-    #[error("cannot start a thread: {0}")]
-    Thread(#[from] io::Error),
-    /// There are as many peers as there may be.
-    #[error("peer '{peer}' is one too many; at most {limit} are accepted (peers_max)")]
-    TooMany {
-        /// Who was to be added.
-        peer: String,
-        /// The bound.
-        limit: usize,
-    },
-    /// The blocks of the pool are elsewhere.
-    #[error("the pool that is to be lent from has no memory, or not that of this tier")]
-    ForeignPool,
-    /// The pool is gone.
-    #[error(transparent)]
-    Hub(#[from] JoinError),
-}
-
-/// What a peer tier did so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct PeerStats {
-    /// Peers that are known.
-    pub peers: u64,
-    /// Those of them that blocks can be read from now.
-    pub usable: u64,
-    /// Peers refused, for another fingerprint or another shape of blocks.
-    pub refused_peers: u64,
-    /// Times that a peer was lost.
-    pub lost: u64,
-    /// Names that peers have told, those of several peers several times.
-    pub names: u64,
-    /// Blocks read from peers and verified.
-    pub read: u64,
-    /// Blocks that a peer had told of and does not have any more.
-    pub missing: u64,
-    /// Blocks whose bytes were not what their owner said.
-    pub invalid: u64,
-    /// Blocks that were not read for another reason, such as a deadline.
-    pub failed: u64,
-    /// Blocks lent to peers.
-    pub lent: u64,
-    /// Requests for leases that were refused.
-    pub refused: u64,
-    /// Leases that were not given back in time.
-    pub expired: u64,
-    /// Messages that were not understood, or of somebody who is no peer.
-    pub ignored: u64,
-    /// Blocks held for peers now.
-    pub held: u64,
-}
-
-#[derive(Debug, Default)]
-struct Counters {
-    refused_peers: AtomicU64,
-    lost: AtomicU64,
-    read: AtomicU64,
-    missing: AtomicU64,
-    invalid: AtomicU64,
-    failed: AtomicU64,
-    lent: AtomicU64,
-    refused: AtomicU64,
-    expired: AtomicU64,
-    ignored: AtomicU64,
-    held: AtomicU64,
-}
+/// How long a count of all names is told again.
+const RETELL: Duration = Duration::from_secs(1);
 
 /// Reads blocks from the G2 of other workers, and lends them those of its own.
 ///
@@ -210,6 +85,7 @@ struct Core {
     next_ask: AtomicU64,
     lender: SyncSender<lend::Command>,
     counters: Counters,
+    distinct: Mutex<Distinct>,
 }
 
 #[derive(Default)]
@@ -228,19 +104,7 @@ impl PeerTier {
     /// # Errors
     /// A setting makes no sense, G2 is not memory of that agent, or a thread cannot be had.
     pub fn start(parts: PeerParts, config: PeerTierConfig) -> Result<Arc<Self>, PeerTierError> {
-        let waits = [
-            ("lease_time", config.lease_time),
-            ("lease_wait", config.lease_wait),
-        ];
-        for (field, time) in waits {
-            if time.is_zero() {
-                return Err(PeerTierError::InvalidConfig {
-                    field,
-                    got: "0".to_owned(),
-                    accepted: "more than 0",
-                });
-            }
-        }
+        config.validate()?;
         let address = parts.agent.metadata_of(&[parts.host.registration()])?;
         let (lender, commands) = sync_channel(ASKS_MAX);
         let core = Arc::new(Core {
@@ -258,6 +122,7 @@ impl PeerTier {
             next_ask: AtomicU64::new(1),
             lender,
             counters: Counters::default(),
+            distinct: Mutex::default(),
         });
         // Stops the threads that did start when one cannot be had.
         let tier = Arc::new(Self {
@@ -344,25 +209,14 @@ impl PeerTier {
     /// What happened so far.
     #[must_use]
     pub fn stats(&self) -> PeerStats {
-        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let counters = &self.core.counters;
+        let block_bytes = self.core.host.layout().block_bytes() as u64;
         let state = self.core.state.lock();
-        let usable = || state.peers.values().filter(|peer| peer.usable().is_some());
+        let usable = state.peers.values().filter(|peer| peer.usable().is_some());
         PeerStats {
             peers: state.peers.len() as u64,
-            usable: usable().count() as u64,
-            names: usable().map(|peer| peer.inbox.len() as u64).sum(),
-            refused_peers: of(&counters.refused_peers),
-            lost: of(&counters.lost),
-            read: of(&counters.read),
-            missing: of(&counters.missing),
-            invalid: of(&counters.invalid),
-            failed: of(&counters.failed),
-            lent: of(&counters.lent),
-            refused: of(&counters.refused),
-            expired: of(&counters.expired),
-            ignored: of(&counters.ignored),
-            held: of(&counters.held),
+            usable: usable.count() as u64,
+            names: self.core.names(&state) as u64,
+            ..self.core.counters.stats(block_bytes)
         }
     }
 }
@@ -370,6 +224,11 @@ impl PeerTier {
 impl Core {
     fn now(&self) -> Duration {
         self.started.elapsed()
+    }
+
+    /// Names that usable peers have. Up to a second old.
+    fn names(&self, state: &State) -> usize {
+        self.distinct.lock().get(self.now(), state)
     }
 
     /// Lets the control thread look at everything.
@@ -419,10 +278,15 @@ impl RemoteIndex for PeerTier {
         usable.any(|peer| peer.inbox.contains(name))
     }
 
+    /// Blocks that several peers have count once. Up to a second old.
     fn len(&self) -> usize {
+        self.core.names(&self.core.state.lock())
+    }
+
+    fn is_empty(&self) -> bool {
         let state = self.core.state.lock();
-        let usable = state.peers.values().filter(|peer| peer.usable().is_some());
-        usable.map(|peer| peer.inbox.len()).sum()
+        let mut usable = state.peers.values().filter(|peer| peer.usable().is_some());
+        usable.all(|peer| peer.inbox.len() == 0)
     }
 }
 
@@ -443,8 +307,4 @@ impl fmt::Debug for PeerTier {
             .field("stats", &self.stats())
             .finish_non_exhaustive()
     }
-}
-
-fn count(counter: &AtomicU64) {
-    counter.fetch_add(1, Ordering::Relaxed);
 }
