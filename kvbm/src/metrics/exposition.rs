@@ -6,6 +6,7 @@ use std::fmt::{Display, Write};
 use super::HitRates;
 use crate::{
     pool::{PoolActivity, PoolStats},
+    remote::PeerStats,
     tier::{Dropped, Evicted, Histogram, MoveKind, NotLoaded, TierState, TierStats},
 };
 
@@ -29,6 +30,7 @@ struct Text(String);
 pub(super) fn write(
     stats: &TierStats,
     wear: Option<DiskWear>,
+    peers_stats: Option<&PeerStats>,
     [recorded, record_dropped]: [u64; 2],
     rates: HitRates,
     matched_tokens: u64,
@@ -39,6 +41,9 @@ pub(super) fn write(
     onboards(&mut text, stats);
     tiers(&mut text, stats);
     disk(&mut text, stats, wear);
+    if let Some(stats) = peers_stats {
+        peers(&mut text, stats);
+    }
     text.counter(
         "kvbm_recorded_requests_total",
         "Requests written to the record.",
@@ -451,6 +456,88 @@ fn disk(text: &mut Text, stats: &TierStats, wear: Option<DiskWear>) {
     .sample("", wear.drive_bytes);
 }
 
+fn peers(text: &mut Text, stats: &PeerStats) {
+    let mut family = text.gauge("kvbm_peers", "Workers that blocks are exchanged with.");
+    let waiting = stats.peers.saturating_sub(stats.usable);
+    for (state, count) in [("usable", stats.usable), ("connecting", waiting)] {
+        family.sample(&label("state", state), count);
+    }
+    text.gauge(
+        "kvbm_peer_known_blocks",
+        "Blocks that other workers say they have.",
+    )
+    .sample("", stats.names);
+    let mut family = text.counter(
+        "kvbm_peer_read_blocks_total",
+        "Blocks asked of other workers, by what became of them.",
+    );
+    for (outcome, count) in [
+        ("read", stats.read),
+        ("missing", stats.missing),
+        ("invalid", stats.invalid),
+        ("failed", stats.failed),
+    ] {
+        family.sample(&label("outcome", outcome), count);
+    }
+    text.histogram(
+        "kvbm_peer_read_seconds",
+        "Time from asking other workers for blocks to having them, for each transfer.",
+    )
+    .histogram("", &stats.read_times);
+    for (name, help, value) in [
+        (
+            "kvbm_peer_read_bytes_total",
+            "Bytes of blocks read from other workers.",
+            stats.read_bytes,
+        ),
+        (
+            "kvbm_peer_lent_blocks_total",
+            "Blocks lent to other workers.",
+            stats.lent,
+        ),
+        (
+            "kvbm_peer_lent_bytes_total",
+            "Bytes of blocks lent to other workers.",
+            stats.lent_bytes,
+        ),
+        (
+            "kvbm_peer_leases_refused_total",
+            "Requests of other workers for blocks that were refused.",
+            stats.refused,
+        ),
+        (
+            "kvbm_peer_leases_expired_total",
+            "Loans that were not given back in time.",
+            stats.expired,
+        ),
+        (
+            "kvbm_peers_refused_total",
+            "Workers whose blocks are others than those of this one.",
+            stats.refused_peers,
+        ),
+        (
+            "kvbm_peers_lost_total",
+            "Connections to other workers that were lost.",
+            stats.lost,
+        ),
+        (
+            "kvbm_peer_ignored_messages_total",
+            "Messages that were not understood, or of somebody who is no peer.",
+            stats.ignored,
+        ),
+    ] {
+        text.counter(name, help).sample("", value);
+    }
+    let mut family = text.gauge(
+        "kvbm_peer_held_blocks",
+        "Blocks of host memory that are held for other workers.",
+    );
+    let in_force = stats.held.saturating_sub(stats.overdue);
+    for (state, count) in [("lent", in_force), ("overdue", stats.overdue)] {
+        family.sample(&label("state", state), count);
+    }
+}
+
 /// The uses of a pool's blocks. Together they are all of it.
 fn states(pool: &PoolStats) -> [(&'static str, usize); 5] {
     [
@@ -575,7 +662,13 @@ mod tests {
             blocks_written: 1 << 20,
             drive_bytes: 1 << 39,
         };
-        write(stats, Some(wear), [4, 1], HitRates::default(), 9)
+        let mut peers = PeerStats::default();
+        (peers.peers, peers.usable, peers.names) = (3, 2, 70);
+        (peers.read, peers.read_bytes, peers.failed) = (20, 2000, 6);
+        (peers.held, peers.overdue) = (9, 4);
+        peers.read_times.record(Duration::from_micros(100));
+        let rates = HitRates::default();
+        write(stats, Some(wear), Some(&peers), [4, 1], rates, 9)
     }
 
     /// Names with the labels of their samples.
@@ -650,16 +743,27 @@ mod tests {
             "kvbm_invalid_blocks_total{tier=\"disk\"} 3",
             "kvbm_disk_lifetime_written_blocks_total 1048576",
             "kvbm_record_dropped_requests_total 1",
+            "kvbm_peers{state=\"usable\"} 2",
+            "kvbm_peers{state=\"connecting\"} 1",
+            "kvbm_peer_known_blocks 70",
+            "kvbm_peer_read_blocks_total{outcome=\"read\"} 20",
+            "kvbm_peer_read_blocks_total{outcome=\"failed\"} 6",
+            "kvbm_peer_read_bytes_total 2000",
+            "kvbm_peer_read_seconds_bucket{le=\"0.000128\"} 1",
+            "kvbm_peer_read_seconds_count 1",
+            "kvbm_peer_held_blocks{state=\"lent\"} 5",
+            "kvbm_peer_held_blocks{state=\"overdue\"} 4",
         ] {
             assert!(text.lines().any(|have| have == line), "{line} in {text}");
         }
         let mut without_host = stats();
         without_host.host = PoolStats::default();
-        let text = write(&without_host, None, [0; 2], HitRates::default(), 0);
+        let text = write(&without_host, None, None, [0; 2], HitRates::default(), 0);
         assert!(
             text.contains("kvbm_offload_blocks_d2d 12\n")
                 && text.contains("kvbm_offload_blocks_h2d 0\n")
         );
+        assert!(!text.contains("kvbm_peer"), "nobody is asked: {text}");
     }
 
     /// The dashboard and the alerts that are shipped ask for what is served, and for nothing else.
@@ -712,6 +816,7 @@ mod tests {
             "kvbm_blocks",
             "disk_lifetime",
             "seconds_bucket",
+            "kvbm_peer_",
         ] {
             assert!(
                 used.iter().any(|name| name.contains(row)),

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use parking_lot::Mutex;
 
 use super::{DiskWear, exposition};
-use crate::tier::TierStats;
+use crate::{remote::PeerStats, tier::TierStats};
 
 /// What one request found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -95,11 +95,17 @@ impl KvbmMetrics {
     /// All metrics in Prometheus' text format 0.0.4. `recorded` and `record_dropped` are a recorder's
     /// counters, zero without one.
     #[must_use]
-    pub fn text(&self, stats: &TierStats, wear: Option<DiskWear>, recorded: [u64; 2]) -> String {
+    pub fn text(
+        &self,
+        stats: &TierStats,
+        wear: Option<DiskWear>,
+        peers: Option<&PeerStats>,
+        recorded: [u64; 2],
+    ) -> String {
         let window = self.window.lock();
         let (rates, matched_tokens) = (window.rates(), window.matched_tokens);
         drop(window);
-        exposition::write(stats, wear, recorded, rates, matched_tokens)
+        exposition::write(stats, wear, peers, recorded, rates, matched_tokens)
     }
 
     /// One line about hit rates, for the log.
@@ -166,7 +172,7 @@ mod tests {
             metrics.line(),
             "hit rates over 2 requests: G1 0.0 %, host 25.0 %, disk 15.0 %, remote 0.0 %"
         );
-        let text = metrics.text(&TierStats::default(), None, [0; 2]);
+        let text = metrics.text(&TierStats::default(), None, None, [0; 2]);
         // Of all requests, not of the last ones.
         assert!(text.contains("\nkvbm_matched_tokens 288\n"), "{text}");
         assert!(text.contains("\nkvbm_host_cache_hit_rate 0.25\n"), "{text}");

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use blockplane_protocol::TokenBlock;
 
 use super::{DiskWear, KvbmMetrics, RecordError, Recorder, Recording, RequestHits};
-use crate::{settings::KvbmSettings, tier::TierStats};
+use crate::{remote::PeerStats, settings::KvbmSettings, tier::TierStats};
 
 /// Takes the requests of all ranks of a worker, for hit rates and for the record. Nothing here waits.
 #[derive(Debug)]
@@ -45,11 +45,17 @@ impl Observation {
         Some(recorder.request(blocks, input_tokens, hits.block_tokens))
     }
 
-    /// All metrics in Prometheus' text format 0.0.4.
+    /// All metrics in Prometheus' text format 0.0.4. Those of a disk, or of other workers that blocks
+    /// are exchanged with, are there where they are given.
     #[must_use]
-    pub fn text(&self, stats: &TierStats, wear: Option<DiskWear>) -> String {
+    pub fn text(
+        &self,
+        stats: &TierStats,
+        wear: Option<DiskWear>,
+        peers: Option<&PeerStats>,
+    ) -> String {
         let recorded = self.recorder.as_ref().map_or([0; 2], Recorder::counts);
-        self.metrics.text(stats, wear, recorded)
+        self.metrics.text(stats, wear, peers, recorded)
     }
 
     /// One line about hit rates, for the log; `None` before the first request.

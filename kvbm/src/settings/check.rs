@@ -78,6 +78,7 @@ impl KvbmSettings {
         check.disk();
         check.writes();
         check.objects();
+        check.peers();
         check.order();
         check
             .findings
@@ -333,6 +334,31 @@ impl Check<'_> {
         }
     }
 
+    fn peers(&mut self) {
+        let (settings, sizes) = (self.settings, self.sizes);
+        if settings.peers_enabled.value && !sizes.peers {
+            self.warning(
+                "DYN_KVBM_PEERS_ENABLED is true and there is no G2 (DYN_KVBM_CPU_CACHE_GB is 0): no blocks are \
+                 exchanged with other workers"
+                    .to_owned(),
+            );
+        }
+        if settings.peers_lend_blocks.given() && !settings.peers_enabled.value {
+            self.warning(
+                "DYN_KVBM_PEERS_LEND_BLOCKS has no effect: set DYN_KVBM_PEERS_ENABLED=true"
+                    .to_owned(),
+            );
+        }
+        // The default is only a bound.
+        let lend = &settings.peers_lend_blocks;
+        if sizes.peers && lend.given() && lend.value > sizes.lend_blocks {
+            self.warning(format!(
+                "at most half of G2 is lent to other workers: {} blocks and not {}",
+                sizes.lend_blocks, lend.value
+            ));
+        }
+    }
+
     /// Whether each tier is larger than the one above it.
     fn order(&mut self) {
         let (sizes, facts) = (self.sizes, self.facts);
@@ -561,6 +587,28 @@ mod tests {
                 roomy(),
                 Warning,
                 "set DYN_KVBM_OBJECT_ENABLED=true",
+            ),
+            (
+                &[("peers_enabled", "1")],
+                roomy(),
+                Warning,
+                "no blocks are exchanged with other workers",
+            ),
+            (
+                &[BOTH[0], ("peers_lend_blocks", "9")],
+                roomy(),
+                Warning,
+                "set DYN_KVBM_PEERS_ENABLED=true",
+            ),
+            (
+                &[
+                    BOTH[0],
+                    ("peers_enabled", "1"),
+                    ("peers_lend_blocks", "4000000000"),
+                ],
+                roomy(),
+                Warning,
+                "at most half of G2 is lent",
             ),
             (
                 &[("leader_zmq_pub_port", "56002")],

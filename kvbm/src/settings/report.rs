@@ -176,6 +176,12 @@ fn sizes_text(out: &mut String, sizes: &Sizes) {
             sizes.object_blocks
         ));
     }
+    if sizes.peers {
+        line(format!(
+            "G4 peers   {:>12} blocks of G2 lent at most",
+            sizes.lend_blocks
+        ));
+    }
 }
 
 #[cfg(test)]

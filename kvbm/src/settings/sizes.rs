@@ -31,6 +31,10 @@ pub struct Sizes {
     pub disk_bytes: u64,
     /// Blocks that are known to be in G4 at most.
     pub object_blocks: u32,
+    /// Whether G4 is other workers too.
+    pub peers: bool,
+    /// Blocks of G2 that are lent to other workers at a time.
+    pub lend_blocks: u32,
 }
 
 impl Sizes {
@@ -70,6 +74,7 @@ impl KvbmSettings {
             0
         };
         let below = disk_blocks > 0 || object_blocks > 0;
+        let peers = self.peers_enabled.value && host_blocks > 0;
         let bounce_blocks = if host_blocks == 0 && below {
             self.bounce_blocks.value
         } else {
@@ -89,6 +94,12 @@ impl KvbmSettings {
                 file.saturating_mul(ranks.into())
             },
             object_blocks,
+            peers,
+            lend_blocks: if peers {
+                self.peers_lend_blocks.value.min(host_blocks / 2)
+            } else {
+                0
+            },
         }
     }
 
@@ -104,8 +115,10 @@ impl KvbmSettings {
             budget: self.write_budget(sizes),
             ..DiskConfig::new(sizes.disk_blocks)
         });
-        let remote = (sizes.object_blocks > 0).then_some(RemoteConfig {
-            write_through: self.object_write_through.value,
+        let objects = sizes.object_blocks > 0;
+        // Nothing is written to peers.
+        let remote = (objects || sizes.peers).then_some(RemoteConfig {
+            write_through: objects && self.object_write_through.value,
         });
         Some(TierConfig {
             host_blocks: sizes.host_blocks,
@@ -279,6 +292,27 @@ mod tests {
                 write_through: false
             })
         );
+    }
+
+    #[test]
+    fn peers_need_a_g2_and_get_half_of_it_at_most() {
+        let sizes = |given: &[(&'static str, &str)]| settings(given).sizes(4096, 1);
+        let host = ("cpu_cache_override_num_blocks", "100");
+        let (on, few) = (("peers_enabled", "true"), ("peers_lend_blocks", "7"));
+        let lend = |sizes: Sizes| (sizes.peers, sizes.lend_blocks);
+        assert_eq!(lend(sizes(&[host])), (false, 0));
+        assert_eq!(lend(sizes(&[host, on])), (true, 50));
+        assert_eq!(lend(sizes(&[host, on, few])), (true, 7));
+        assert_eq!(lend(sizes(&[on, ("disk_cache_gb", "1")])), (false, 0));
+        assert!(sizes(&[on]).off());
+        let remote = |given: &[(&'static str, &str)]| {
+            let given = settings(given);
+            given.tier_config(&given.sizes(4096, 1)).unwrap().remote
+        };
+        let writes = |write_through| Some(RemoteConfig { write_through });
+        assert_eq!(remote(&[host]), None);
+        assert_eq!(remote(&[host, on]), writes(false));
+        assert_eq!(remote(&[host, on, ("object_enabled", "1")]), writes(true));
     }
 
     #[test]

@@ -199,6 +199,13 @@ settings! {
     /// File that the record is appended to.
     Value record_path: PathBuf = PathBuf::from("kvbm-record.jsonl"), "", form::path;
 
+    /// Exchange blocks with other workers of the same model: read what their G2 has, as G4, and lend
+    /// what the own G2 has. Needs a G2.
+    Switch peers_enabled: bool = false, "", form::switch;
+    /// Blocks of G2 that are lent to other workers at a time, which cannot be overwritten meanwhile; at
+    /// most half of G2 is. 0: only read.
+    Value peers_lend_blocks: u32 = 1024, "blocks", form::count::<u32, 0, BLOCKS_MAX>;
+
     /// Keep blocks in an object store, as G4.
     Switch object_enabled: bool = false, "", form::switch;
     /// Its bucket; `{worker_id}` in it stands for the worker.
