@@ -9,6 +9,8 @@ use blockplane_kvbm::{
 };
 use tokio::task::JoinHandle;
 
+use crate::wiring::tiers::Below;
+
 /// Tells until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Observed {
@@ -24,16 +26,18 @@ pub(crate) struct Observed {
 pub(crate) fn observe(
     settings: &KvbmSettings,
     observation: &Arc<Observation>,
-    tiers: Option<Arc<TierManager>>,
+    tiers: Option<Below>,
 ) -> anyhow::Result<Observed> {
     let server = if settings.metrics.value {
         let told = Arc::clone(observation);
         let drive_gb = settings.disk_drive_gb.value;
         let text = move || {
-            let (stats, wear) = tiers
-                .as_deref()
-                .map_or_else(Default::default, |tiers| look(tiers, drive_gb));
-            told.text(&stats, wear)
+            let (stats, wear) = tiers.as_ref().map_or_else(Default::default, |tiers| {
+                look(&tiers.handle.manager, drive_gb)
+            });
+            let peers = tiers.as_ref().and_then(|tiers| tiers.peers.as_ref());
+            let peers = peers.map(|peers| peers.tier.stats());
+            told.text(&stats, wear, peers.as_ref())
         };
         let (host, port) = (&settings.metrics_host.value, settings.metrics_port.value);
         let server = MetricsServer::start(host, port, text)?;

@@ -17,17 +17,19 @@ use blockplane_runtime::{
     lifecycle::{ShutdownGate, ShutdownPlan},
     rpc::{RpcClient, RpcClientConfig, RpcServer, RpcServerConfig},
 };
-use blockplane_transfer::{Agent, AgentConfig, Lane};
+use blockplane_transfer::Agent;
 
 use super::{Reporter, finish, runtime, stop_requested};
 use crate::{
     bundled,
-    cli::{LaneArg, WorkerArgs},
+    cli::WorkerArgs,
     kvbm::observe,
     supervise::Report,
     wiring::{
         descriptor::{GENERATE, WorkerDescriptor},
         engines, handlers,
+        network::{agent_config, bind_address},
+        peers::{self, KvPeer},
         prefill::RpcPrefill,
         tiers,
     },
@@ -92,8 +94,18 @@ async fn serve(args: WorkerArgs, kvbm: KvbmSettings) -> anyhow::Result<()> {
         let observed = observe(&told, &observation, tiers.clone())?;
         let server = RpcServer::bind(bind_address(&args.host)?, RpcServerConfig::default()).await?;
         handlers::serve(&server, identity.id, &engine, &gate);
-        let instance = identity.instance(&args, server.local_addr(), engine.as_ref())?;
+        let peers = tiers.as_ref().and_then(|tiers| tiers.peers.clone());
+        let kv_peer = peers.as_ref().map(|peers| peers.own.clone());
+        let instance = identity.instance(&args, server.local_addr(), engine.as_ref(), kv_peer)?;
         let lease = discovery.register(instance).await?;
+        let follower = match peers {
+            Some(peers) => {
+                let watch = discovery.watch(identity.endpoint.namespace()).await?;
+                Some(peers::follow(peers, watch, identity.id))
+            }
+            None => None,
+        };
+        let observed = (observed, follower);
         anyhow::Ok((identity, discovery, engine, tiers, observed, server, lease))
     };
     let (identity, _discovery, engine, tiers, _observed, server, lease) = tokio::select! {
@@ -122,8 +134,8 @@ async fn serve(args: WorkerArgs, kvbm: KvbmSettings) -> anyhow::Result<()> {
     let teardown = async {
         engine.drain(Duration::ZERO).await;
         server.shutdown(Duration::ZERO).await;
-        if let Some(manager) = tiers {
-            let stop = move || tiers::stop(&manager, TIERS_STOP);
+        if let Some(tiers) = tiers {
+            let stop = move || tiers::stop(&tiers.handle.manager, TIERS_STOP);
             // It logs what it could not do.
             let _ = tokio::task::spawn_blocking(stop).await;
         }
@@ -201,6 +213,7 @@ impl Identity {
         args: &WorkerArgs,
         rpc: SocketAddr,
         engine: &dyn Engine,
+        kv_peer: Option<KvPeer>,
     ) -> anyhow::Result<Instance> {
         let info = engine.info();
         let card = ModelCard {
@@ -227,6 +240,7 @@ impl Identity {
             name: self.name.clone(),
             pid: std::process::id(),
             card,
+            kv_peer,
         };
         Ok(Instance {
             id: self.id,
@@ -256,23 +270,6 @@ impl Identity {
 }
 
 fn agent(args: &WorkerArgs, identity: &Identity) -> anyhow::Result<Agent> {
-    let mut lanes = vec![Lane::Loopback];
-    lanes.extend(args.lanes.iter().map(|lane| match lane {
-        LaneArg::Shm => Lane::Shm,
-        LaneArg::Tcp => Lane::Tcp,
-    }));
-    let mut config = AgentConfig::new(identity.id.to_string()).with_lanes(lanes);
-    config.tcp_bind = bind_address(&args.host)?;
-    config.cuda.kernels = crate::kernels::config();
+    let config = agent_config(args, identity.id.to_string())?;
     Agent::new(config).context("the transfer agent cannot be started")
-}
-
-/// The address to listen on for `host`, with a port that the system picks.
-fn bind_address(host: &str) -> anyhow::Result<SocketAddr> {
-    use std::net::ToSocketAddrs;
-    (host, 0)
-        .to_socket_addrs()
-        .ok()
-        .and_then(|mut addresses| addresses.next())
-        .with_context(|| format!("--host {host} is not an address of this machine"))
 }

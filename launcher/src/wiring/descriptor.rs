@@ -5,6 +5,8 @@ use blockplane_protocol::ModelCard;
 use blockplane_runtime::discovery::Instance;
 use serde::{Deserialize, Serialize};
 
+use super::peers::KvPeer;
+
 /// RPC endpoint for [`blockplane_protocol::GenerateRequest`].
 pub(crate) const GENERATE: &str = "generate";
 /// RPC endpoint for [`blockplane_protocol::PrefillJob`].
@@ -21,6 +23,9 @@ pub(crate) struct WorkerDescriptor {
     pub(crate) pid: u32,
     /// What it serves.
     pub(crate) card: ModelCard,
+    /// How other workers read KV blocks from it, if it exchanges any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) kv_peer: Option<KvPeer>,
 }
 
 impl WorkerDescriptor {

@@ -5,16 +5,19 @@ use std::{path::PathBuf, sync::Arc};
 use anyhow::{Context, ensure};
 use blockplane_engine::{
     Engine, HandoffConfig, NativeConfig, NativeEngine, PoolSize, RemotePrefill, SchedulerConfig,
-    TierHandle,
     mock::{MockConfig, MockEngine, MockModel, MockTiming},
     model::{LoadOptions, Model, ModelConfig},
     ops::Compute,
 };
-use blockplane_kvbm::{KvbmSettings, metrics::Observation, tier::TierManager};
+use blockplane_kvbm::{KvbmSettings, metrics::Observation};
 use blockplane_protocol::{KvLayout, WorkerRole};
 use blockplane_transfer::Agent;
 
-use super::{prefill::RpcPrefill, tiers};
+use super::{
+    network::agent_config,
+    prefill::RpcPrefill,
+    tiers::{self, Below},
+};
 use crate::cli::{ComputeArg, EngineArg, WorkerArgs};
 
 /// Everything an engine is made of.
@@ -37,7 +40,7 @@ pub(crate) struct Settings {
 }
 
 /// An engine, and the tiers below its pools.
-pub(crate) type Started = (Arc<dyn Engine>, Option<Arc<TierManager>>);
+pub(crate) type Started = (Arc<dyn Engine>, Option<Below>);
 
 /// Starts the engine. Takes as long as loading the weights does.
 pub(crate) fn start(settings: &Settings) -> anyhow::Result<Started> {
@@ -63,15 +66,16 @@ fn native(settings: &Settings) -> anyhow::Result<Started> {
         .with_context(|| format!("the model in {dir} cannot be served"))?;
     let mut config = engine_config(settings)?;
     let fingerprint = model.kv_fingerprint(&config.model_name);
-    config.tiers = below(
+    let below = below(
         settings,
         &config,
         model.kv_layout(args.block_size),
         fingerprint,
     )?;
+    config.tiers = below.as_ref().map(|below| below.handle.clone());
     let engine = NativeEngine::start(&model, &config)
         .with_context(|| format!("the engine for the model in {dir} cannot be started"))?;
-    Ok((engine, config.tiers.map(|tiers| tiers.manager)))
+    Ok((engine, below))
 }
 
 /// A timing model with the vocabulary of the checkpoint, so that its tokens are text.
@@ -89,13 +93,13 @@ fn mock(settings: &Settings) -> anyhow::Result<Started> {
     };
     let mut engine = engine_config(settings)?;
     let fingerprint = model.kv_fingerprint(&engine.model_name);
-    engine.tiers = below(
+    let below = below(
         settings,
         &engine,
         model.kv_layout(args.block_size),
         fingerprint,
     )?;
-    let tiers = engine.tiers.clone();
+    engine.tiers = below.as_ref().map(|below| below.handle.clone());
     let config = MockConfig {
         engine,
         model,
@@ -107,7 +111,7 @@ fn mock(settings: &Settings) -> anyhow::Result<Started> {
         },
     };
     let engine = MockEngine::start(config).context("the mock engine cannot be started")?;
-    Ok((Arc::new(engine), tiers.map(|tiers| tiers.manager)))
+    Ok((Arc::new(engine), below))
 }
 
 /// The tiers below the pools of such an engine.
@@ -116,7 +120,7 @@ fn below(
     config: &NativeConfig,
     layout: KvLayout,
     fingerprint: u64,
-) -> anyhow::Result<Option<TierHandle>> {
+) -> anyhow::Result<Option<Below>> {
     let blocks = match config.pool {
         PoolSize::Blocks(blocks) => Some(blocks.saturating_mul(config.dp_size)),
         PoolSize::Bytes(_) => None,
@@ -128,6 +132,7 @@ fn below(
         ranks: config.dp_size,
         blocks,
         events_max: config.kv_events_max,
+        network: agent_config(&settings.args, config.agent.name().to_owned())?,
     };
     let tiers = tiers::start(&settings.kvbm, &above)?;
     if tiers.is_some() && !config.prefix_caching {

@@ -4,7 +4,9 @@ pub(crate) mod descriptor;
 pub(crate) mod engines;
 pub(crate) mod fleet;
 pub(crate) mod handlers;
+pub(crate) mod network;
 mod objects;
+pub(crate) mod peers;
 pub(crate) mod prefill;
 pub(crate) mod service;
 #[cfg(test)]

@@ -102,6 +102,7 @@ impl Deployment {
             name: format!("w{id}"),
             pid: 1,
             card,
+            kv_peer: None,
         };
         let instance = Instance {
             id: WorkerId(id),
@@ -184,7 +185,7 @@ fn answer(
     )))
 }
 
-fn card() -> ModelCard {
+pub(super) fn card() -> ModelCard {
     ModelCard {
         name: MODEL.to_owned(),
         path: "/nowhere".to_owned(),
@@ -326,6 +327,7 @@ async fn a_worker_with_another_layout_is_refused_with_the_reason() {
         name: "odd".to_owned(),
         pid: 1,
         card: other,
+        kv_peer: None,
     };
     let instance = Instance {
         id: WorkerId(2),

@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 use anyhow::{Context, bail};
 use blockplane_engine::TierHandle;
 use blockplane_kvbm::{
-    ArenaPlace, Consolidation, EventHub, Fingerprint, KvbmSettings, SlotStore, SlotStoreConfig,
-    TierConfig,
+    ArenaPlace, Consolidation, EventHub, Fingerprint, KvbmSettings, ObjectTier, Remotes, SlotStore,
+    SlotStoreConfig, TierConfig,
     settings::{ConsolidatorMode, DiskAllocator, Severity, Sizes},
     store::{RecoveredSlot, StoreError, StoreLocation},
     tier::{Mover, RemoteIndex, TierManager, TierParts, host_arena},
@@ -14,7 +14,10 @@ use blockplane_kvbm::{
 use blockplane_protocol::{DpRank, KvLayout};
 use blockplane_transfer::{Agent, AgentConfig, DirectIo, Lane};
 
-use super::objects;
+use super::{
+    objects,
+    peers::{self, Peers},
+};
 use crate::kvbm::facts;
 
 /// What the tiers must know of the engine above them.
@@ -32,10 +35,20 @@ pub(crate) struct Above {
     pub(crate) blocks: Option<u32>,
     /// KV events kept for each rank.
     pub(crate) events_max: usize,
+    /// How other workers reach an agent of that name.
+    pub(crate) network: AgentConfig,
+}
+
+/// The tiers below an engine.
+#[derive(Clone, Debug)]
+pub(crate) struct Below {
+    pub(crate) handle: TierHandle,
+    /// The exchange of blocks with other workers, if it is asked for.
+    pub(crate) peers: Option<Peers>,
 }
 
 /// Starts what the settings ask for; nothing where they ask for no tier.
-pub(crate) fn start(settings: &KvbmSettings, above: &Above) -> anyhow::Result<Option<TierHandle>> {
+pub(crate) fn start(settings: &KvbmSettings, above: &Above) -> anyhow::Result<Option<Below>> {
     // Data-parallel ranks share the tiers: each block is one rank's alone.
     let sizes = settings.sizes(above.layout.block_bytes() as u64, 1);
     check(settings, &sizes, above)?;
@@ -43,8 +56,16 @@ pub(crate) fn start(settings: &KvbmSettings, above: &Above) -> anyhow::Result<Op
         return Ok(None);
     };
     let name = format!("{}-tiers", above.agent);
-    let agent = Agent::new(AgentConfig::new(name).with_lanes([Lane::Loopback]))
-        .context("the transfer agent of the KV tiers cannot be started")?;
+    let network = if sizes.peers {
+        AgentConfig {
+            name,
+            ..above.network.clone()
+        }
+    } else {
+        AgentConfig::new(name).with_lanes([Lane::Loopback])
+    };
+    let agent =
+        Agent::new(network).context("the transfer agent of the KV tiers cannot be started")?;
     let store = open_store(settings, &mut config, &agent, above)?;
     if config.host_blocks == 0 && config.disk.is_none() && config.remote.is_none() {
         return Ok(None);
@@ -60,14 +81,17 @@ pub(crate) fn start(settings: &KvbmSettings, above: &Above) -> anyhow::Result<Op
         .collect();
     let told = settings.kv_events_enable_consolidator.value;
     let summary = summary(&sizes, &config, store.as_ref());
-    let remote = match &config.remote {
-        None => None,
-        Some(_) => {
-            let objects = objects::open(settings, &above.agent, &agent, &host, fingerprint(above))?;
-            let index: Arc<dyn RemoteIndex> = objects.clone();
-            let mover: Arc<dyn Mover> = objects;
-            Some((index, mover))
-        }
+    let objects = if sizes.object_blocks > 0 {
+        let opened = objects::open(settings, &above.agent, &agent, &host, fingerprint(above))?;
+        Some(opened)
+    } else {
+        None
+    };
+    let peers = if sizes.peers {
+        let started = peers::start(&agent, &host, fingerprint(above), &sizes)?;
+        Some(started)
+    } else {
+        None
     };
     let manager = TierManager::start(
         &config,
@@ -75,16 +99,40 @@ pub(crate) fn start(settings: &KvbmSettings, above: &Above) -> anyhow::Result<Op
             agent,
             host,
             store,
-            remote,
+            remote: remote(peers.as_ref(), objects),
             hubs: if told { hubs.clone() } else { Vec::new() },
         },
     )
     .context("the KV tiers cannot be started")?;
+    if let Some(peers) = peers.as_ref().filter(|_| sizes.lend_blocks > 0) {
+        let lent = peers.tier.lend(manager.host());
+        lent.context("G2 cannot be lent to other workers")?;
+    }
     tracing::info!("KV tiers: {summary}");
-    Ok(Some(TierHandle {
-        manager: Arc::new(manager),
-        hubs,
+    Ok(Some(Below {
+        handle: TierHandle {
+            manager: Arc::new(manager),
+            hubs,
+        },
+        peers,
     }))
+}
+
+/// G4: other workers, an object store, or both.
+fn remote(
+    peers: Option<&Peers>,
+    objects: Option<Arc<ObjectTier>>,
+) -> Option<(Arc<dyn RemoteIndex>, Arc<dyn Mover>)> {
+    let peers = peers.map(|peers| Arc::clone(&peers.tier));
+    Some(match (peers, objects) {
+        (None, None) => return None,
+        (Some(peers), None) => (peers.clone(), peers),
+        (None, Some(objects)) => (objects.clone(), objects),
+        (Some(peers), Some(objects)) => {
+            let both = Arc::new(Remotes::new(peers, objects));
+            (both.clone(), both)
+        }
+    })
 }
 
 /// Lets copies end and closes the store, within `time`.
@@ -193,9 +241,15 @@ fn summary(sizes: &Sizes, config: &TierConfig, store: Option<&Store>) -> String 
             store.path().display()
         ));
     }
-    if config.remote.is_some() {
+    if sizes.object_blocks > 0 {
         let blocks = sizes.object_blocks;
         parts.push(format!("G4 up to {blocks} objects"));
+    }
+    if sizes.peers {
+        let blocks = sizes.lend_blocks;
+        parts.push(format!(
+            "G4 at other workers, {blocks} blocks of G2 for them"
+        ));
     }
     parts.join("; ")
 }
