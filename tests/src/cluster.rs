@@ -270,6 +270,14 @@ impl Cluster {
     /// # Errors
     /// The process cannot be started, or no checkpoint was named.
     pub fn start_worker(&mut self, role: Role) -> Result<u32> {
+        self.start_worker_with(role, &[])
+    }
+
+    /// The same with arguments of its own.
+    ///
+    /// # Errors
+    /// The process cannot be started, or no checkpoint was named.
+    pub fn start_worker_with(&mut self, role: Role, more: &[&str]) -> Result<u32> {
         let checkpoint = self.builder.checkpoint.clone();
         let checkpoint = checkpoint.context("a worker started by hand needs a checkpoint")?;
         let endpoint = format!("dyn://test.{}.generate", role.name());
@@ -290,6 +298,7 @@ impl Cluster {
         .map(str::to_owned)
         .into();
         arguments.extend(self.builder.worker_arguments.iter().cloned());
+        arguments.extend(more.iter().map(|&text| text.to_owned()));
         let worker = self.start(&name, &arguments)?;
         self.started += 1;
         let pid = worker.pid();

@@ -9,6 +9,7 @@ mod equality;
 mod launch;
 mod limits;
 mod modes;
+mod peers;
 mod scale;
 mod tiers;
 mod up;
