@@ -1,5 +1,5 @@
 //! Time to the first token of a prompt by where its KV is: nowhere, in the pool, in host memory, on
-//! disk, and on disk after a restart. The whole engine runs, as in a worker, without the network.
+//! disk, on disk after a restart, and in the host memory of another worker. The whole engine runs, as in a worker, without the network.
 
 use std::{
     io::Write,
@@ -13,10 +13,10 @@ use blockplane_engine::{
     Engine, NativeConfig, NativeEngine, PoolSize, SchedulerConfig, TierHandle, model::Model,
 };
 use blockplane_kvbm::{
-    AdmissionConfig, AdmissionKind, ArenaPlace, Fingerprint, SlotStore, SlotStoreConfig,
-    TierConfig,
+    AdmissionConfig, AdmissionKind, ArenaPlace, Fingerprint, PeerParts, PeerTier, PeerTierConfig,
+    SlotStore, SlotStoreConfig, TierConfig,
     store::{RecoveredSlot, StoreError, StoreLocation},
-    tier::{DiskConfig, TierManager, TierParts, host_arena},
+    tier::{DiskConfig, RemoteConfig, TierManager, TierParts, host_arena},
 };
 use blockplane_protocol::{
     GenerateRequest, RequestId, RouteHints, SamplingParams, StopConditions, TokenId, Usage,
@@ -49,12 +49,19 @@ enum From {
     Host,
     Disk,
     DiskAfterRestart,
+    /// In the G2 of another worker, which is reached by that lane.
+    Peer(Lane),
 }
 
 /// A worker without its network.
 struct Stand {
     engine: Arc<NativeEngine>,
     tiers: Arc<TierManager>,
+    /// The agent of the tiers.
+    below: Agent,
+    peers: Option<Arc<PeerTier>>,
+    /// Who has the blocks, if another one has.
+    lender: Option<Box<Self>>,
 }
 
 /// Name under which the model is served.
@@ -63,12 +70,14 @@ const MODEL: &str = "bench";
 const COPIES: Duration = Duration::from_secs(60);
 
 impl From {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 7] = [
         Self::Nowhere,
         Self::Pool,
         Self::Host,
         Self::Disk,
         Self::DiskAfterRestart,
+        Self::Peer(Lane::Shm),
+        Self::Peer(Lane::Tcp),
     ];
 
     const fn name(self) -> &'static str {
@@ -78,6 +87,8 @@ impl From {
             Self::Host => "g2",
             Self::Disk => "g3",
             Self::DiskAfterRestart => "g3-after-restart",
+            Self::Peer(Lane::Tcp) => "peer-tcp",
+            Self::Peer(_) => "peer-shm",
         }
     }
 
@@ -88,6 +99,7 @@ impl From {
             Self::Pool => usage.cached_tokens,
             Self::Host => usage.cached_host_tokens,
             Self::Disk | Self::DiskAfterRestart => usage.cached_disk_tokens,
+            Self::Peer(_) => usage.cached_remote_tokens,
         }
     }
 }
@@ -150,7 +162,11 @@ async fn measure(
             tokens.map(|_| rng.random_range(0..vocab)).collect()
         };
         let (asked, other) = (prompt(), prompt());
-        if from != From::Nowhere {
+        if let Some(lender) = &stand.lender {
+            lender.ask(&asked).await?;
+            lender.settle()?;
+            stand.hear(args)?;
+        } else if from != From::Nowhere {
             stand.ask(&asked).await?;
             stand.settle()?;
         }
@@ -167,7 +183,7 @@ async fn measure(
         let cached = from.cached(&usage);
         let wanted = match from {
             From::Nowhere => 0,
-            From::Pool | From::Host | From::Disk | From::DiskAfterRestart => {
+            From::Pool | From::Host | From::Disk | From::DiskAfterRestart | From::Peer(_) => {
                 args.tiers.tiers_prompt * 9 / 10
             }
         };
@@ -191,7 +207,36 @@ impl Stand {
         dir: &Path,
         model: &Arc<Model>,
     ) -> anyhow::Result<Self> {
-        let agent = |name: &str| Agent::new(AgentConfig::new(name).with_lanes([Lane::Loopback]));
+        if !matches!(from, From::Peer(_)) {
+            return Self::start_one("bench", args, from, dir, model);
+        }
+        let mut reader = Self::start_one("bench", args, from, dir, model)?;
+        let lender = Self::start_one("bench-lender", args, from, dir, model)?;
+        let sides = [&reader, &lender].map(|stand| (stand.peers.as_ref(), stand.below.metadata()));
+        let [(Some(reads), reader_at), (Some(lends), lender_at)] = sides else {
+            bail!("there is no exchange of blocks");
+        };
+        reads.add_peer(&lender_at)?;
+        lends.add_peer(&reader_at)?;
+        reader.lender = Some(Box::new(lender));
+        Ok(reader)
+    }
+
+    fn start_one(
+        name: &str,
+        args: &EngineArgs,
+        from: From,
+        dir: &Path,
+        model: &Arc<Model>,
+    ) -> anyhow::Result<Self> {
+        let agent = |name: &str, lanes: Vec<Lane>| {
+            Agent::new(AgentConfig::new(name.to_owned()).with_lanes(lanes))
+        };
+        // The engine is reached in this process, the other worker as if it was another one.
+        let lanes = match from {
+            From::Peer(lane) => vec![lane, Lane::Loopback],
+            _ => vec![Lane::Loopback],
+        };
         let layout = model.kv_layout(args.block_tokens);
         // Room for the tokens that are generated too.
         let request = args.tiers.tiers_prompt.div_ceil(args.block_tokens) + 2;
@@ -203,12 +248,15 @@ impl Stand {
                 admission: AdmissionConfig::from(AdmissionKind::All),
                 ..DiskConfig::new(many)
             }),
+            remote: matches!(from, From::Peer(_)).then_some(RemoteConfig {
+                write_through: false,
+            }),
             ..TierConfig::default()
         };
-        let below = agent("bench-tiers")?;
+        let below = agent(&format!("{name}-tiers"), lanes)?;
         let host = host_arena(&below, &layout, &config, ArenaPlace::Host)?;
+        let fingerprint = Fingerprint::of(model.kv_fingerprint(MODEL), &layout, 0, 1);
         let store = if on_disk {
-            let fingerprint = Fingerprint::of(model.kv_fingerprint(MODEL), &layout, 0, 1);
             let bytes = layout.block_bytes() as u64;
             let location = StoreLocation::File(dir.join("g3"));
             let store = SlotStoreConfig::new(location, many, bytes, fingerprint);
@@ -216,15 +264,32 @@ impl Stand {
         } else {
             None
         };
+        let peers = match &config.remote {
+            None => None,
+            Some(_) => {
+                let parts = PeerParts {
+                    control: below.clone(),
+                    agent: below.clone(),
+                    host: Arc::clone(&host),
+                    fingerprint,
+                };
+                Some(PeerTier::start(parts, PeerTierConfig::default())?)
+            }
+        };
+        let remote = peers.clone().map(|peers| (peers.clone() as _, peers as _));
         let parts = TierParts {
-            agent: below,
+            agent: below.clone(),
             host,
             store,
-            remote: None,
+            remote,
             hubs: Vec::new(),
         };
         let tiers = Arc::new(TierManager::start(&config, parts)?);
-        let mut config = NativeConfig::new(MODEL, WorkerRole::Aggregated, agent("bench")?);
+        if let Some(peers) = &peers {
+            peers.lend(tiers.host())?;
+        }
+        let engine = agent(name, vec![Lane::Loopback])?;
+        let mut config = NativeConfig::new(MODEL, WorkerRole::Aggregated, engine);
         config.block_tokens = args.block_tokens;
         config.pool = PoolSize::Blocks(request);
         config.scheduler = SchedulerConfig {
@@ -236,7 +301,13 @@ impl Stand {
             hubs: Vec::new(),
         });
         let engine = NativeEngine::start(model, &config)?;
-        Ok(Self { engine, tiers })
+        Ok(Self {
+            engine,
+            tiers,
+            below,
+            peers,
+            lender: None,
+        })
     }
 
     /// Waits until all copies are done.
@@ -248,12 +319,38 @@ impl Stand {
         Ok(())
     }
 
+    /// Waits until it knows what the other one has.
+    fn hear(&self, args: &EngineArgs) -> anyhow::Result<()> {
+        let (Some(peers), Some(lender)) = (&self.peers, &self.lender) else {
+            return Ok(());
+        };
+        let full = args.tiers.tiers_prompt / args.block_tokens;
+        let until = Instant::now() + COPIES;
+        loop {
+            let stats = lender.tiers.host().stats();
+            let wanted = (stats.cached + stats.active) as u64;
+            if peers.stats().names >= wanted.max(full.into()) {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < until,
+                "it is not heard what the other one has"
+            );
+            std::thread::park_timeout(Duration::from_millis(5));
+        }
+    }
+
     /// Ends it as the end of a process does.
     fn stop(self) -> anyhow::Result<()> {
-        let Self { engine, tiers } = self;
+        let Self {
+            engine,
+            tiers,
+            lender,
+            ..
+        } = self;
         drop(engine);
         ensure!(tiers.stop(COPIES), "copies took longer than {COPIES:?}");
-        Ok(())
+        lender.map_or(Ok(()), |lender| lender.stop())
     }
 
     /// Asks for two tokens; returns the seconds to the first, and what it cost.

@@ -1,5 +1,5 @@
 //! `blockplane bench kvbm`: the books of a tier, and blocks between host memory (G2) and the store on
-//! disk (G3).
+//! disk (G3), and from the host memory of another worker (G4).
 //!
 //! Blocks at random places of the store are written and read by several threads, each a batch at a
 //! time, as the tier manager does it: with intents, headers and checksums. fio does random requests of
@@ -8,6 +8,7 @@
 //! without a store are the limit. Processor time is that of the whole process.
 
 mod moves;
+mod peers;
 mod pools;
 mod recovery;
 
@@ -160,6 +161,7 @@ fn measure<W: Write>(args: &TiersArgs, report: &mut Report<W>) -> anyhow::Result
         }
     }
     report.table(&table)?;
+    peers::measure(args, runs, time, report)?;
     let slots = match args.quick {
         true => args.recover_slots.min(100_000),
         false => args.recover_slots,

@@ -48,7 +48,7 @@ fn places(case: &Case, thread: u32, random: &mut SmallRng) -> Vec<u32> {
 }
 
 /// Runs `batch(thread, slots)` on all threads for a while: GB/s and cores.
-fn repeat(
+pub(super) fn repeat(
     case: &Case,
     time: Duration,
     round: u64,
