@@ -77,7 +77,7 @@ conformance! {
     meeting:
     both_connect_at_once,
     a_lost_peer_is_named_before_its_windows,
-    the_lost_do_not_count_as_peers;
+    the_lost_do_not_count_as_peers,
     a_loss_wakes_who_waits_for_it;
     tensors:
     every_arrangement_becomes_every_other,

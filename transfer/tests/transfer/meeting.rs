@@ -67,7 +67,7 @@ pub(crate) fn the_lost_do_not_count_as_peers(setup: &Setup) {
         let guest = other(&format!("guest {round}"));
         let peer = hub.connect(&guest.metadata(), WAIT).unwrap();
         drop(guest);
-        let started = std::time::Instant::now();
+        let started = Instant::now();
         while peer.is_connected() {
             assert!(started.elapsed() < WAIT, "the loss goes unnoticed");
             std::thread::yield_now();
