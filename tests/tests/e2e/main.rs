@@ -9,7 +9,14 @@ mod equality;
 mod launch;
 mod limits;
 mod modes;
+mod objects;
 mod peers;
 mod scale;
 mod tiers;
 mod up;
+
+/// What the stand-in for S3 asks of the crate that it is part of.
+mod support {
+    /// A connection that is kept waiting is let go after this.
+    pub(crate) const WAIT: std::time::Duration = std::time::Duration::from_secs(20);
+}

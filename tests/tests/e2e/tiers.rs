@@ -27,7 +27,7 @@ use blockplane_tests::{
 const MODEL: &str = "qwen3";
 /// Tokens of a prompt: 25 blocks, of which 24 can be found again.
 const PROMPT_TOKENS: u64 = 400;
-const CACHED_TOKENS: u64 = 384;
+pub(crate) const CACHED_TOKENS: u64 = 384;
 /// Blocks of the pool: little more than one request needs.
 const POOL_BLOCKS: &str = "40";
 /// How long copies to lower tiers may take.
@@ -36,9 +36,9 @@ const COPIES: Duration = Duration::from_secs(20);
 const QUIET: Duration = Duration::from_millis(700);
 
 /// A worker with tiers below its pool, and a frontend.
-struct Scene {
-    cluster: Cluster,
-    client: Client,
+pub(crate) struct Scene {
+    pub(crate) cluster: Cluster,
+    pub(crate) client: Client,
     worker: u32,
     prompts: Random,
 }
@@ -49,7 +49,7 @@ impl Scene {
         Self::with(ClusterBuilder::new(), disk, host_blocks, disk_blocks)
     }
 
-    fn with(
+    pub(crate) fn with(
         builder: ClusterBuilder,
         disk: &Path,
         host_blocks: u32,
@@ -80,14 +80,24 @@ impl Scene {
         })
     }
 
-    fn prompt(&mut self) -> Vec<u64> {
+    pub(crate) fn prompt(&mut self) -> Vec<u64> {
         self.prompts.tokens(PROMPT_TOKENS, requests::VOCABULARY)
     }
 
     /// The answer, and the tokens of the prompt that were cached.
-    fn ask(&self, prompt: &[u64]) -> Result<(Completion, u64)> {
-        let body = requests::completion(MODEL, prompt, 8);
-        let mut completion = self.client.run("/v1/completions", &body, LIMIT).done()?;
+    pub(crate) fn ask(&self, prompt: &[u64]) -> Result<(Completion, u64)> {
+        self.send(&requests::completion(MODEL, prompt, 8))
+    }
+
+    /// The same with a priority.
+    fn ask_with_priority(&self, prompt: &[u64], priority: u32) -> Result<(Completion, u64)> {
+        let mut body = requests::completion(MODEL, prompt, 8);
+        body["nvext"] = serde_json::json!({"agent_hints": {"priority": priority}});
+        self.send(&body)
+    }
+
+    fn send(&self, body: &serde_json::Value) -> Result<(Completion, u64)> {
+        let mut completion = self.client.run("/v1/completions", body, LIMIT).done()?;
         let usage = completion.usage.take().context("an answer has its usage")?;
         let cached = usage["prompt_tokens_details"]["cached_tokens"].as_u64();
         Ok((completion, cached.context("usage says what was cached")?))
@@ -103,7 +113,11 @@ impl Scene {
     }
 
     /// What the worker says of itself. Its reports are up to 250 ms old.
-    fn wait_load(&self, what: &str, holds: impl Fn(&LoadReport) -> bool) -> Result<LoadReport> {
+    pub(crate) fn wait_load(
+        &self,
+        what: &str,
+        holds: impl Fn(&LoadReport) -> bool,
+    ) -> Result<LoadReport> {
         wait::until(what, Duration::from_secs(5), || {
             let health = Health::read(&self.client).map_err(|error| format!("{error:#}"))?;
             // One that was killed is listed, with its last report, until its lease ends.
@@ -137,7 +151,7 @@ impl Scene {
     }
 
     /// Kills the worker as a crash would, calls `between`, and starts it again.
-    fn crash(&mut self, between: impl FnOnce() -> Result<()>) -> Result<()> {
+    pub(crate) fn crash(&mut self, between: impl FnOnce() -> Result<()>) -> Result<()> {
         self.cluster.kill(self.worker)?;
         wait::until(
             "the frontend to miss the worker",
@@ -201,6 +215,26 @@ fn what_left_the_pool_comes_back_from_host_memory_and_from_disk() -> Result<()> 
     Ok(())
 }
 
+#[test]
+fn blocks_of_a_request_below_the_threshold_stay_in_the_pool() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let builder = ClusterBuilder::new().variable("DYN_KVBM_HOST_OFFLOAD_PREFIX_MIN_PRIORITY", &50);
+    let mut scene = Scene::with(builder, folder.path(), 400, 0)?;
+    for (priority, found) in [(49, 0), (50, CACHED_TOKENS)] {
+        let prompt = scene.prompt();
+        let (first, _) = scene.ask_with_priority(&prompt, priority)?;
+        let (again, cached) = scene.ask_with_priority(&prompt, priority)?;
+        ensure!(again == first && cached == CACHED_TOKENS, "{cached}");
+        // Requests without a priority do go to host memory.
+        scene.push_out_of(40)?;
+        let (again, cached) = scene.ask_with_priority(&prompt, priority)?;
+        ensure!(again == first, "{again:?} is not {first:?}");
+        ensure!(cached == found, "priority {priority}: {cached} cached");
+    }
+    health::wait_idle(&scene.client, LIMIT)?;
+    scene.cluster.stop()
+}
+
 /// A crash loses nothing that was written; what is damaged afterwards is computed again.
 #[test]
 fn the_disk_tier_outlives_a_crash_and_damage_to_its_file() -> Result<()> {
@@ -250,7 +284,7 @@ fn flip_bits(path: &Path) -> Result<()> {
 }
 
 /// A sample of the metrics of the tiers: the sum over its labels.
-fn sample(text: &str, name: &str) -> f64 {
+pub(crate) fn sample(text: &str, name: &str) -> f64 {
     let value = |line: &str| -> Option<f64> {
         let rest = line.strip_prefix(name)?;
         if !rest.starts_with(['{', ' ']) {
@@ -299,10 +333,11 @@ fn metrics_and_the_record_tell_what_happened() -> Result<()> {
     wait::until("the record to be written", LIMIT, || {
         let text = std::fs::read_to_string(&record).map_err(|error| error.to_string())?;
         let lines = text.lines().count();
-        if lines >= requests {
+        let outputs = text.matches("\"output_length\":8,").count();
+        if lines >= requests && outputs == lines {
             Ok(())
         } else {
-            Err(format!("{lines} lines"))
+            Err(format!("{lines} lines, {outputs} with 8 tokens of output"))
         }
     })?;
 
