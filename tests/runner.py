@@ -153,9 +153,11 @@ def main():
 def run_groups(groups, tally):
     install_tools()
     python = Background("python environment and fixtures", prepare_python)
+    browser = Background("browser", find_browser)
     nvrtc = Background("compiler of the kernels", prepare_nvrtc) if "unit" in groups else None
     executables = timed("build", build)
     python_ready = python.wait()
+    browser_ready = browser.wait()
     nvrtc_ready = nvrtc is not None and nvrtc.wait()
     if executables is None:
         tally.fail("build")
@@ -170,6 +172,8 @@ def run_groups(groups, tally):
     for group in groups:
         if group == "python":
             if python_ready:
+                if not browser_ready:
+                    print(f"the status page is not tested in a browser: {browser.reason}")
                 timed("python", lambda: run_python(executables["binary"], tally))
             else:
                 print(f"SKIPPED python: {python.reason}")
@@ -211,6 +215,20 @@ def install_tools():
         subprocess.run(["apt-get", "install", "-y", "-qq", *missing], check=False)
     else:
         print(f"not installed, and this user cannot install it: {' '.join(missing)}")
+
+
+def find_browser(log):
+    """Installs Chromium where that is possible and it is missing."""
+    if browser_path() is None and os.geteuid() == 0 and shutil.which("apt-get"):
+        quiet(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"], log)
+    if browser_path() is None:
+        raise RuntimeError("chromium is not installed, and this user cannot install it")
+
+
+def browser_path():
+    """The browser on this machine, if there is one."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 class Background:
@@ -472,6 +490,8 @@ def run_python(binary, tally):
                 tally.fail("python: the deployment did not come up")
                 return
             environment = dict(os.environ, BLOCKPLANE_URL=url)
+            if browser := browser_path():
+                environment["BLOCKPLANE_BROWSER"] = browser
             command = [str(VENV / "bin/python"), "-m", "pytest", "-q", "-ra", "tests/python"]
             command += ["-p", "no:cacheprovider"]
             code, output = stream(command, ROOT, 300, environment)

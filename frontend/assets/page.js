@@ -102,7 +102,10 @@ function remember(status) {
   const loads = status.workers.flatMap((worker) => worker.load);
   // Both ends of a transfer count it.
   const moved = loads.reduce((sum, load) => sum + load.transfer_bytes_total, 0) / 2;
-  history.push({ time: performance.now(), output: status.totals.output_tokens, prompt: status.totals.prompt_tokens, moved });
+  const time = performance.now();
+  // Looks in quick succession would show as peaks.
+  if (time - (history.at(-1)?.time ?? -POLL_MS) < POLL_MS / 2) return;
+  history.push({ time, output: status.totals.output_tokens, prompt: status.totals.prompt_tokens, moved });
   while (history.length > WINDOW_S + 2) history.shift();
 }
 
