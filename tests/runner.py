@@ -489,7 +489,7 @@ def run_python(binary, tally):
                 print(log_path.read_text())
                 tally.fail("python: the deployment did not come up")
                 return
-            environment = dict(os.environ, BLOCKPLANE_URL=url)
+            environment = dict(os.environ, BLOCKPLANE_URL=url, BLOCKPLANE_BIN=str(binary))
             if browser := browser_path():
                 environment["BLOCKPLANE_BROWSER"] = browser
             command = [str(VENV / "bin/python"), "-m", "pytest", "-q", "-ra", "tests/python"]
