@@ -7,6 +7,7 @@ mod chat;
 mod cli;
 mod deployment;
 mod doctor;
+mod hub;
 mod kernels;
 mod kvbm;
 mod node;
@@ -46,6 +47,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Bench(args) => {
             blockplane_bench::run(args, &kernels::config()).map(|()| ExitCode::SUCCESS)
         }
+        Command::Model(command) => hub::run(command),
         Command::Kvbm(command) => kvbm::run(command),
         Command::Selftest(args) => blockplane_bench::selftest::run(args, kernels::config()),
     }

@@ -15,6 +15,7 @@ use crate::{
     bundled,
     cli::{LaunchArgs, RouterModeArg, UpArgs, UpMode},
     deployment::{Deployment, Node, NodePlan, Role, RoleKind},
+    hub::{self, LocalModel},
     output,
     supervise::Supervisor,
     view::View,
@@ -36,12 +37,14 @@ pub(crate) fn launch(args: &LaunchArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// `blockplane up`.
-pub(crate) fn up(args: UpArgs) -> anyhow::Result<ExitCode> {
+pub(crate) fn up(mut args: UpArgs) -> anyhow::Result<ExitCode> {
     let run_dir = RunDir::open(args.run_dir.clone())?;
     let model = match &args.model {
-        Some(dir) => dir
-            .canonicalize()
-            .with_context(|| format!("model directory {} cannot be opened", dir.display()))?,
+        Some(name) => {
+            let LocalModel { dir, id } = hub::resolve(name, &args.hub)?;
+            args.served_model_name = args.served_model_name.or(id);
+            dir
+        }
         None => bundled::unpack(&run_dir.path)?,
     };
     let (mode, plain) = (args.mode, args.plain);

@@ -3,6 +3,7 @@
 
 mod chat;
 mod frontend;
+mod hub;
 mod kvbm;
 mod node;
 mod worker;
@@ -11,6 +12,7 @@ use clap::{Parser, Subcommand};
 
 pub(crate) use chat::ChatArgs;
 pub(crate) use frontend::{FrontendArgs, RouterModeArg};
+pub(crate) use hub::{FetchArgs, HubArgs, ModelCommand};
 pub(crate) use kvbm::{KvbmArgs, TABLE_FLAG, settings_of_file};
 pub(crate) use node::{DoctorArgs, LaunchArgs, UpArgs, UpMode};
 pub(crate) use worker::{ComputeArg, EngineArg, LaneArg, WorkerArgs};
@@ -52,6 +54,9 @@ pub(crate) enum Command {
     Doctor(DoctorArgs),
     /// Measure links, the engine, or a running deployment.
     Bench(blockplane_bench::BenchArgs),
+    /// Get models ready.
+    #[command(subcommand)]
+    Model(ModelCommand),
     /// Tune the KV cache below the GPU.
     #[command(subcommand)]
     Kvbm(crate::kvbm::KvbmCommand),

@@ -4,7 +4,10 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, ValueEnum};
 
-use super::worker::{ComputeArg, EngineArg, LaneArg, seconds};
+use super::{
+    HubArgs,
+    worker::{ComputeArg, EngineArg, LaneArg, seconds},
+};
 
 /// How prefill, decode and routing are put together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -24,10 +27,11 @@ pub(crate) enum UpMode {
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct UpArgs {
-    /// Checkpoint directory in Hugging Face form; the small bundled model when absent.
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint directory in Hugging Face form, or the id of a model on the Hugging Face hub; the
+    /// small bundled model when absent.
+    #[arg(long, value_name = "DIR|ID")]
     pub(crate) model: Option<PathBuf>,
-    /// Name in the OpenAI API; the directory's name when absent.
+    /// Name in the OpenAI API; the id, or the directory's name, when absent.
     #[arg(long)]
     pub(crate) served_model_name: Option<String>,
     /// How prefill, decode and routing are put together.
@@ -91,6 +95,8 @@ pub(crate) struct UpArgs {
     /// Time for running requests to finish on shutdown, in seconds.
     #[arg(long, env = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", value_parser = seconds, default_value = "5")]
     pub(crate) grace: Duration,
+    #[command(flatten)]
+    pub(crate) hub: HubArgs,
 }
 
 #[derive(Clone, Debug, Args)]

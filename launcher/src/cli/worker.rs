@@ -65,10 +65,11 @@ pub(crate) struct DiscoveryArgs {
 pub(crate) struct WorkerArgs {
     #[command(flatten)]
     pub(crate) discovery: DiscoveryArgs,
-    /// Checkpoint directory in Hugging Face form; the small bundled model when absent.
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint directory in Hugging Face form, or the id of a model on the Hugging Face hub; the
+    /// small bundled model when absent.
+    #[arg(long, value_name = "DIR|ID")]
     pub(crate) model: Option<PathBuf>,
-    /// Name in the OpenAI API; the directory's name when absent.
+    /// Name in the OpenAI API; the id, or the directory's name, when absent.
     #[arg(long)]
     pub(crate) served_model_name: Option<String>,
     /// What the worker does.
@@ -155,6 +156,8 @@ pub(crate) struct WorkerArgs {
     /// Stop when standard input closes (set by the launcher for its children).
     #[arg(long, hide = true)]
     pub(crate) exit_with_parent: bool,
+    #[command(flatten)]
+    pub(crate) hub: super::HubArgs,
 }
 
 impl WorkerArgs {

@@ -23,6 +23,7 @@ use super::{Reporter, finish, runtime, stop_requested};
 use crate::{
     bundled,
     cli::WorkerArgs,
+    hub::{self, LocalModel},
     kvbm::observe,
     supervise::Report,
     wiring::{
@@ -56,7 +57,13 @@ async fn serve(args: WorkerArgs, kvbm: KvbmSettings) -> anyhow::Result<()> {
     tokio::pin!(stop);
     let gate = ShutdownGate::new();
     let started = async {
-        let identity = Identity::new(&args)?;
+        let identity = {
+            let args = args.clone();
+            // It may have to download the model.
+            tokio::task::spawn_blocking(move || Identity::new(&args))
+                .await
+                .context("looking for the model failed")??
+        };
         let discovery =
             FileDiscovery::new(FileDiscoveryConfig::new(args.discovery.discovery.clone()))?;
         let agent = agent(&args, &identity)?;
@@ -171,19 +178,19 @@ impl Identity {
             "--endpoint {endpoint}: a worker serves the endpoint '{GENERATE}'; accepted: \
              dyn://NAMESPACE.COMPONENT.{GENERATE}"
         );
-        let model_dir = match &args.model {
-            Some(dir) => dir
-                .canonicalize()
-                .with_context(|| format!("model directory {} cannot be opened", dir.display()))?,
-            None => bundled::unpack(
-                args.discovery
-                    .discovery
-                    .parent()
-                    .unwrap_or_else(|| Path::new(".")),
-            )?,
+        let LocalModel { dir, id } = match &args.model {
+            Some(name) => hub::resolve(name, &args.hub)?,
+            None => {
+                let near = args.discovery.discovery.parent();
+                LocalModel {
+                    dir: bundled::unpack(near.unwrap_or_else(|| Path::new(".")))?,
+                    id: None,
+                }
+            }
         };
-        let model_name = match &args.served_model_name {
-            Some(name) => name.clone(),
+        let model_dir = dir;
+        let model_name = match args.served_model_name.clone().or(id) {
+            Some(name) => name,
             None => model_dir
                 .file_name()
                 .with_context(|| {
