@@ -49,6 +49,8 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Model(command) => hub::run(command),
         Command::Kvbm(command) => kvbm::run(command),
+        Command::Completions(args) => Ok(cli::docs::completions(&args)),
+        Command::Man(args) => cli::docs::man(&args),
         Command::Selftest(args) => blockplane_bench::selftest::run(args, kernels::config()),
     }
 }

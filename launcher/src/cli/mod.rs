@@ -2,6 +2,7 @@
 //! documented default; nothing else in the workspace reads the environment.
 
 mod chat;
+pub(crate) mod docs;
 mod frontend;
 mod hub;
 mod kvbm;
@@ -60,6 +61,10 @@ pub(crate) enum Command {
     /// Tune the KV cache below the GPU.
     #[command(subcommand)]
     Kvbm(crate::kvbm::KvbmCommand),
+    /// Print the completions of a shell: `source <(blockplane completions bash)`.
+    Completions(docs::CompletionsArgs),
+    /// Print the manual page, or write the pages of all commands.
+    Man(docs::ManArgs),
     /// Check that this machine moves the right bytes.
     Selftest(blockplane_bench::selftest::SelftestArgs),
 }

@@ -29,46 +29,62 @@ pub(crate) enum UpMode {
 pub(crate) struct UpArgs {
     /// Checkpoint directory in Hugging Face form, or the id of a model on the Hugging Face hub; the
     /// small bundled model when absent.
-    #[arg(long, value_name = "DIR|ID")]
+    #[arg(help_heading = "Model", long, value_name = "DIR|ID")]
     pub(crate) model: Option<PathBuf>,
     /// Name in the OpenAI API; the id, or the directory's name, when absent.
-    #[arg(long)]
+    #[arg(help_heading = "Model", long)]
     pub(crate) served_model_name: Option<String>,
     /// How prefill, decode and routing are put together.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(help_heading = "Deployment", long, value_enum, default_value_t)]
     pub(crate) mode: UpMode,
     /// Prefill workers (disagg modes); 1 when absent.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=64))]
+    #[arg(help_heading = "Deployment", long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=64))]
     pub(crate) prefill: Option<u32>,
     /// Decode workers (disagg modes), aggregated workers (agg modes), or ranks (dep); 1 when absent, 2 ranks.
-    #[arg(long, value_name = "M", value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(help_heading = "Deployment", long, value_name = "M", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) decode: Option<u32>,
     /// Address to listen on.
-    #[arg(long, env = "DYN_HTTP_HOST", default_value = "127.0.0.1")]
+    #[arg(
+        help_heading = "HTTP",
+        long,
+        env = "DYN_HTTP_HOST",
+        default_value = "127.0.0.1"
+    )]
     pub(crate) http_host: String,
     /// Port to listen on; 0 takes a free one.
-    #[arg(long, env = "DYN_HTTP_PORT", default_value_t = 8000)]
+    #[arg(
+        help_heading = "HTTP",
+        long,
+        env = "DYN_HTTP_PORT",
+        default_value_t = 8000
+    )]
     pub(crate) http_port: u16,
     /// What computes.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(help_heading = "Engine", long, value_enum, default_value_t)]
     pub(crate) engine: EngineArg,
     /// Arithmetic of the native engine.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(help_heading = "Engine", long, value_enum, default_value_t)]
     pub(crate) compute: ComputeArg,
     /// Compute threads of each worker; all cores when absent.
-    #[arg(long)]
+    #[arg(help_heading = "Engine", long)]
     pub(crate) threads: Option<usize>,
     /// Tokens per KV block.
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(help_heading = "KV blocks", long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) block_size: Option<u32>,
     /// KV blocks of each worker's pool; 1 GB of memory when absent.
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(help_heading = "KV blocks", long, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) blocks: Option<u32>,
     /// Lanes that may move KV, best first: shm, tcp.
-    #[arg(long = "lane", value_enum, value_delimiter = ',')]
+    #[arg(
+        help_heading = "KV blocks",
+        long = "lane",
+        value_enum,
+        value_delimiter = ','
+    )]
     pub(crate) lanes: Vec<LaneArg>,
     /// Further arguments for every worker, as one string: `--worker-args "--max-num-seqs 8"`.
     #[arg(
+        help_heading = "Passed on",
         long,
         value_name = "ARGS",
         allow_hyphen_values = true,
@@ -77,6 +93,7 @@ pub(crate) struct UpArgs {
     pub(crate) worker_args: String,
     /// Further arguments for the frontend, as one string.
     #[arg(
+        help_heading = "Passed on",
         long,
         value_name = "ARGS",
         allow_hyphen_values = true,
@@ -84,16 +101,16 @@ pub(crate) struct UpArgs {
     )]
     pub(crate) frontend_args: String,
     /// Seed that makes the whole run repeatable.
-    #[arg(long)]
+    #[arg(help_heading = "Deployment", long)]
     pub(crate) seed: Option<u64>,
     /// Directory for discovery, sockets and logs; a temporary one, removed at the end, when absent.
-    #[arg(long, value_name = "DIR")]
+    #[arg(help_heading = "Deployment", long, value_name = "DIR")]
     pub(crate) run_dir: Option<PathBuf>,
     /// Plain lines instead of the live view, on a terminal too.
-    #[arg(long)]
+    #[arg(help_heading = "Deployment", long)]
     pub(crate) plain: bool,
     /// Time for running requests to finish on shutdown, in seconds.
-    #[arg(long, env = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", value_parser = seconds, default_value = "5")]
+    #[arg(help_heading = "Deployment", long, env = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", value_parser = seconds, default_value = "5")]
     pub(crate) grace: Duration,
     #[command(flatten)]
     pub(crate) hub: HubArgs,

@@ -57,7 +57,7 @@ pub(crate) enum LaneArg {
 #[derive(Clone, Debug, Args)]
 pub(crate) struct DiscoveryArgs {
     /// `file:DIR`: a directory shared by all processes of a deployment.
-    #[arg(long, env = "DYN_DISCOVERY", value_name = "file:DIR", value_parser = discovery_dir, default_value_os_t = default_discovery_dir())]
+    #[arg(help_heading = "Place in the deployment", long, env = "DYN_DISCOVERY", value_name = "file:DIR", value_parser = discovery_dir, default_value_os_t = default_discovery_dir())]
     pub(crate) discovery: PathBuf,
 }
 
@@ -67,13 +67,14 @@ pub(crate) struct WorkerArgs {
     pub(crate) discovery: DiscoveryArgs,
     /// Checkpoint directory in Hugging Face form, or the id of a model on the Hugging Face hub; the
     /// small bundled model when absent.
-    #[arg(long, value_name = "DIR|ID")]
+    #[arg(help_heading = "Model", long, value_name = "DIR|ID")]
     pub(crate) model: Option<PathBuf>,
     /// Name in the OpenAI API; the id, or the directory's name, when absent.
-    #[arg(long)]
+    #[arg(help_heading = "Model", long)]
     pub(crate) served_model_name: Option<String>,
     /// What the worker does.
     #[arg(
+        help_heading = "Place in the deployment",
         long,
         value_enum,
         default_value = "aggregated",
@@ -81,75 +82,81 @@ pub(crate) struct WorkerArgs {
     )]
     pub(crate) role: RoleArg,
     /// Same as `--role prefill`.
-    #[arg(long)]
+    #[arg(help_heading = "Place in the deployment", long)]
     pub(crate) is_prefill_worker: bool,
     /// Name to register under; `dyn://blockplane.ROLE.generate` when absent.
     #[arg(
+        help_heading = "Place in the deployment",
         long,
         env = "DYN_ENDPOINT",
         value_name = "dyn://NAMESPACE.COMPONENT.ENDPOINT"
     )]
     pub(crate) endpoint: Option<EndpointId>,
     /// Name in logs and status; the process id when absent.
-    #[arg(long)]
+    #[arg(help_heading = "Place in the deployment", long)]
     pub(crate) name: Option<String>,
     /// What computes.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(help_heading = "Engine", long, value_enum, default_value_t)]
     pub(crate) engine: EngineArg,
     /// Arithmetic of the native engine.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(help_heading = "Engine", long, value_enum, default_value_t)]
     pub(crate) compute: ComputeArg,
     /// Instruction set of the native engine (portable, avx2, avx512, avx512-bf16, avx512-fp16); the
     /// fastest that the processor has when absent.
-    #[arg(long)]
+    #[arg(help_heading = "Engine", long)]
     pub(crate) isa: Option<Isa>,
     /// Compute threads; all cores when absent.
-    #[arg(long)]
+    #[arg(help_heading = "Engine", long)]
     pub(crate) threads: Option<usize>,
     /// Tokens per KV block.
-    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(help_heading = "KV blocks", long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) block_size: u32,
     /// KV blocks of each rank's pool; sized by `--kv-gb` when absent.
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(help_heading = "KV blocks", long, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) blocks: Option<u32>,
     /// Memory for KV over all ranks, in GB (10^9 bytes), where `--blocks` does not say it.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(help_heading = "KV blocks", long, default_value_t = 1.0)]
     pub(crate) kv_gb: f64,
     /// Sequences computed at once, per rank.
-    #[arg(long, default_value_t = 64)]
+    #[arg(help_heading = "Engine", long, default_value_t = 64)]
     pub(crate) max_num_seqs: usize,
     /// Tokens computed in one step, per rank.
-    #[arg(long, default_value_t = 512)]
+    #[arg(help_heading = "Engine", long, default_value_t = 512)]
     pub(crate) max_num_batched_tokens: usize,
     /// Requests that may wait, per rank; more are answered as overload.
-    #[arg(long, default_value_t = 256)]
+    #[arg(help_heading = "Engine", long, default_value_t = 256)]
     pub(crate) max_waiting: usize,
     /// Data-parallel ranks behind this worker.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(help_heading = "Engine", long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) data_parallel_size: u32,
     /// Do not reuse KV between requests.
-    #[arg(long)]
+    #[arg(help_heading = "KV blocks", long)]
     pub(crate) no_prefix_caching: bool,
     /// Lanes that may move KV, best first.
-    #[arg(long = "lane", value_enum, value_delimiter = ',', default_values_t = [LaneArg::Shm, LaneArg::Tcp])]
+    #[arg(help_heading = "KV blocks", long = "lane", value_enum, value_delimiter = ',', default_values_t = [LaneArg::Shm, LaneArg::Tcp])]
     pub(crate) lanes: Vec<LaneArg>,
     /// Address for requests and KV from other workers.
-    #[arg(long, env = "DYN_TCP_RPC_HOST", default_value = "127.0.0.1")]
+    #[arg(
+        help_heading = "Place in the deployment",
+        long,
+        env = "DYN_TCP_RPC_HOST",
+        default_value = "127.0.0.1"
+    )]
     pub(crate) host: String,
     /// Prompts with fewer uncached tokens are prefilled here, not by a prefill worker.
-    #[arg(long, default_value_t = 32)]
+    #[arg(help_heading = "KV blocks", long, default_value_t = 32)]
     pub(crate) remote_prefill_min_tokens: u32,
     /// Mock engine: prompt tokens computed per second.
-    #[arg(long, default_value_t = 20_000.0)]
+    #[arg(help_heading = "Mock engine", long, default_value_t = 20_000.0)]
     pub(crate) mock_prefill_tokens_per_s: f64,
     /// Mock engine: tokens per second of one sequence that decodes alone.
-    #[arg(long, default_value_t = 100.0)]
+    #[arg(help_heading = "Mock engine", long, default_value_t = 100.0)]
     pub(crate) mock_decode_tokens_per_s: f64,
     /// Mock engine: everything this many times faster.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(help_heading = "Mock engine", long, default_value_t = 1.0)]
     pub(crate) mock_speedup: f64,
     /// Time for running requests to finish on shutdown, in seconds.
-    #[arg(long, env = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", value_parser = seconds, default_value = "5")]
+    #[arg(help_heading = "Place in the deployment", long, env = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", value_parser = seconds, default_value = "5")]
     pub(crate) grace: Duration,
     #[command(flatten)]
     pub(crate) kvbm: KvbmArgs,

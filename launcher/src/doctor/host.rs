@@ -281,7 +281,7 @@ fn disk(roots: &Roots<'_>, device: &str, mount: &str, kind: &str) -> Finding {
         name: "disk",
         verdict: Verdict::Ok,
         found: format!("{device} on {mount} ({kind}, {medium}), {space}"),
-        used: "checkpoints are mapped from it; the NVMe tier is not part of this version"
+        used: "for checkpoints, and for KV blocks (G3) where DYN_KVBM_DISK_CACHE_DIR names a folder on it"
             .to_owned(),
         advice: String::new(),
     }

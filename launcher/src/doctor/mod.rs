@@ -116,10 +116,12 @@ fn print(finding: &Finding) {
         Verdict::Absent => "absent",
         Verdict::Broken => "BROKEN",
     };
-    output::line(&format!("{mark:<8} {:<18} {}", finding.name, finding.found));
-    output::line(&format!("{:27} used: {}", "", finding.used));
+    let Finding {
+        name, found, used, ..
+    } = finding;
+    output::line(&format!("{mark:<8} {name:<16} {found}; used {used}"));
     if !finding.advice.is_empty() {
-        output::line(&format!("{:27} do:   {}", "", finding.advice));
+        output::line(&format!("{:25} do: {}", "", finding.advice));
     }
 }
 
