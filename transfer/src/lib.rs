@@ -378,7 +378,9 @@ pub use error::{
     LossCause, MapError, MetadataError, PeerLost, PostError, PrepareError, RegisterError,
     Rejection, Side, TransferError, WindowError,
 };
-pub use memory::{HostMemory, HugePageUse, RegionBusy, RegionId, RegionKind, Registration};
+pub use memory::{
+    Checksum, HostMemory, HugePageUse, RegionBusy, RegionId, RegionKind, Registration,
+};
 pub use op::{
     CancelOutcome, Completion, CompletionQueue, Descriptor, LocalBlocks, LocalTensor, MappedBlocks,
     Notification, Notifications, Op, Plan, PostOptions, Prepared, Recv, RecvError, RemoteBlocks,

@@ -3,8 +3,7 @@
 use std::fmt;
 
 use blockplane_protocol::{SequenceHash, TokenBlock};
-use blockplane_transfer::{AccessError, BlockLayout, LayoutError, Registration};
-use xxhash_rust::xxh3::Xxh3;
+use blockplane_transfer::{AccessError, BlockLayout, Checksum, LayoutError, Registration};
 
 use super::disk::Piece;
 
@@ -189,24 +188,16 @@ impl<'a> StoreMemory<'a> {
     /// # Errors
     /// The block is not in the memory, or the memory cannot be read.
     pub fn checksum(&self, block: u32, seed: u64) -> Result<u64, AccessError> {
-        /// Small enough for the first level of the cache, so that only one pass goes to memory.
-        const CHUNK: usize = 16 << 10;
         let blocks = self.layout.blocks;
         if block >= blocks {
             return Err(LayoutError::BlockId { id: block, blocks }.into());
         }
-        let mut hasher = Xxh3::with_seed(seed);
-        let mut chunk = [0; CHUNK];
-        for (mut offset, mut bytes) in self.runs(block) {
-            while bytes > 0 {
-                let now = usize::try_from(bytes).unwrap_or(CHUNK).min(CHUNK);
-                let part = &mut chunk[..now];
-                self.registration.read_at(offset, part)?;
-                hasher.update(part);
-                offset += now as u64;
-                bytes -= now as u64;
-            }
+        let mut sum = Checksum::with_seed(seed);
+        for (offset, bytes) in self.runs(block) {
+            // Longer than memory is not in it either.
+            let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+            sum.update(self.registration, offset, bytes)?;
         }
-        Ok(hasher.digest())
+        Ok(sum.finish())
     }
 }

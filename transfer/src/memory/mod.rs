@@ -9,11 +9,13 @@
 //! this process) or a notification (a socket), never from the bytes themselves.
 
 mod arena;
+mod checksum;
 mod copy;
 mod foreign;
 mod mapping;
 mod region;
 
+pub use checksum::Checksum;
 pub use region::{HostMemory, HugePageUse, RegionBusy, RegionId, RegionKind, Registration};
 
 pub(crate) use arena::{advise_huge_pages, map_arena, small_file};

@@ -546,6 +546,21 @@ impl Registration {
         Ok(())
     }
 
+    /// First byte of a range of host memory; none in device memory.
+    pub(super) fn host_range(
+        &self,
+        offset: u64,
+        bytes: usize,
+    ) -> Result<Option<*const u8>, LayoutError> {
+        let at = self.checked(offset, bytes)?;
+        if self.region().device().is_some() {
+            return Ok(None);
+        }
+        // SAFETY: in bounds, so the result stays inside (or one past) the region.
+        let first = unsafe { self.region().base().add(at) };
+        Ok(Some(first))
+    }
+
     fn checked(&self, offset: u64, bytes: usize) -> Result<usize, LayoutError> {
         let region_bytes = self.len() as u64;
         let end = offset.saturating_add(bytes as u64);
