@@ -134,15 +134,9 @@ impl Checksum {
         last[..missing].copy_from_slice(&self.buffer[BUFFER - missing..]);
         last[missing..]
             .copy_from_slice(&self.buffer[(self.buffered + missing) - STRIPE..self.buffered]);
-        let secret = self.secret.as_ptr();
-        // SAFETY: a stripe, and 64 bytes of the secret.
-        unsafe {
-            accumulate(
-                &mut state.lanes,
-                last.as_ptr(),
-                secret.add(SECRET - STRIPE - 7),
-            )
-        };
+        let secret = &self.secret[SECRET - STRIPE - 7..];
+        // SAFETY: a stripe, and more than 64 bytes of the secret.
+        unsafe { accumulate(&mut state.lanes, last.as_ptr(), secret.as_ptr()) };
         let start = self.bytes.wrapping_mul(PRIME64[0]);
         let mut sum = start;
         for pair in 0..LANES / 2 {
@@ -192,8 +186,10 @@ impl Checksum {
             from = unsafe { from.add(whole) };
             bytes -= whole;
             let tail = &mut self.buffer[BUFFER - STRIPE..];
-            // SAFETY: a stripe that lies in front of `from` in the range, and one of the buffer.
-            unsafe { ptr::copy(from.sub(STRIPE), tail.as_mut_ptr(), STRIPE) };
+            // SAFETY: at least a stripe of the range lies in front of `from`.
+            let last = unsafe { from.sub(STRIPE) };
+            // SAFETY: a stripe of the range, and one of the buffer.
+            unsafe { ptr::copy(last, tail.as_mut_ptr(), STRIPE) };
         }
         // SAFETY: what is left of the range, at most a buffer.
         unsafe { self.keep(from, bytes) };
@@ -242,8 +238,9 @@ unsafe fn long(
         place += 1;
         if place == STRIPES_PER_BLOCK {
             place = 0;
+            let last = &secret[SECRET - STRIPE..];
             // SAFETY: the last 64 bytes of the secret.
-            let key = unsafe { words(secret.as_ptr().add(SECRET - STRIPE)) };
+            let key = unsafe { words(last.as_ptr()) };
             for (lane, key) in now.iter_mut().zip(key) {
                 *lane = (*lane ^ *lane >> 47 ^ key).wrapping_mul(PRIME32[0]);
             }
