@@ -4,6 +4,7 @@ use std::{
     fs,
     os::unix::fs::FileExt,
     path::Path,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -277,15 +278,38 @@ fn a_spoilt_block_is_not_delivered_and_its_slot_is_remembered() {
 fn one_process_at_a_time() {
     let folder = tempfile::tempdir().unwrap();
     let agent = agent();
-    let config = config(file(folder.path()), 4);
+    let mut config = config(file(folder.path()), 4);
+    config.lock_time = Duration::from_millis(50);
     let (store, _) = SlotStore::open(&agent, &config).unwrap();
     let error = SlotStore::open(&agent, &config).unwrap_err();
     let StoreError::InUse { holder, .. } = &error else {
         panic!("{error}");
     };
     assert_eq!(*holder, Holder::Process(std::process::id()), "{error}");
+    let text = error.to_string();
+    assert!(
+        text.contains(&format!("process {}", std::process::id())),
+        "{text}"
+    );
     drop(store);
     SlotStore::open(&agent, &config).unwrap();
+}
+
+#[test]
+fn an_owner_that_lets_go_is_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let agent = agent();
+    let mut config = config(file(folder.path()), 4);
+    config.lock_time = Duration::from_secs(20);
+    let (store, _) = SlotStore::open(&agent, &config).unwrap();
+    let owner = thread::spawn(move || {
+        thread::park_timeout(Duration::from_millis(200));
+        drop(store);
+    });
+    let started = Instant::now();
+    SlotStore::open(&agent, &config).unwrap();
+    assert!(started.elapsed() < Duration::from_secs(10));
+    owner.join().unwrap();
 }
 
 #[test]

@@ -170,7 +170,8 @@ fn a_raw_device_is_a_store() {
     let agent = Agent::new(AgentConfig::new("device")).unwrap();
     let memory = memory(&agent);
     let location = StoreLocation::Device(PathBuf::from(&device));
-    let config = config(location, 1000);
+    let mut config = config(location, 1000);
+    config.lock_time = Duration::from_millis(50);
     let (store, _) = SlotStore::open(&agent, &config).unwrap();
     let capacity = store.capacity();
     assert!((230..256).contains(&capacity), "{capacity} slots in 16 MiB");

@@ -147,6 +147,9 @@ fn nothing_acknowledged_is_lost_by_kill_9() {
             has_begun.recv_timeout(Duration::from_secs(60)).unwrap();
         }
         child.kill().unwrap();
+        // At once: a process that is about to end still has its file locked, and is waited for.
+        let agent = Agent::new(AgentConfig::new("heir")).unwrap();
+        let (store, recovered) = open(&agent, folder.path());
         child.wait().unwrap();
         for line in reader.join().unwrap() {
             let mut words = line.split_whitespace();
@@ -167,8 +170,6 @@ fn nothing_acknowledged_is_lost_by_kill_9() {
                 _ => {}
             }
         }
-        let agent = Agent::new(AgentConfig::new("heir")).unwrap();
-        let (store, recovered) = open(&agent, folder.path());
         assert!(store.recovery().existed && !store.recovery().clean);
         for (slot, key) in (0u32..).zip(&slots) {
             let found = recovered

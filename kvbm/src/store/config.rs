@@ -10,10 +10,11 @@ use crate::fingerprint::Fingerprint;
 /// Where the bytes are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StoreLocation {
-    /// A file in this folder, which is made if it is missing. Its name comes from the fingerprint; the
-    /// first that no other process has open is taken, up to [`FILES_PER_FOLDER`] of them.
+    /// A file in this folder, which is made if it is missing. Its name comes from the fingerprint and a
+    /// number; the first whose owner does not live is taken, up to [`FILES_PER_FOLDER`] of them. This is how
+    /// the workers of one node share a disk: each has a file, and after a restart one of those again.
     Folder(PathBuf),
-    /// This file; made if it is missing.
+    /// This file; made if it is missing. One store at a time: a second one is refused.
     File(PathBuf),
     /// This block device. It is used as far as it is long.
     Device(PathBuf),
@@ -45,6 +46,9 @@ pub struct SlotStoreConfig {
     pub zero_fill: bool,
     /// Bound on each request while opening. Default 30 s.
     pub open_time: Duration,
+    /// How long an owner of the file is waited for that has not let go of it yet: in a folder only one that
+    /// was killed or is ending, otherwise any. Default 3 s.
+    pub lock_time: Duration,
 }
 
 impl SlotStoreConfig {
@@ -65,6 +69,7 @@ impl SlotStoreConfig {
             open_direct: false,
             zero_fill: false,
             open_time: Duration::from_secs(30),
+            lock_time: Duration::from_secs(3),
         }
     }
 }

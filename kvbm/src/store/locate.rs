@@ -5,6 +5,7 @@ use std::{
     io,
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -16,6 +17,15 @@ use super::{
     format::{Geometry, VERSION},
     recover::failed,
 };
+
+/// How often a lock is tried again.
+const LOOK: Duration = Duration::from_millis(20);
+/// A process that is being killed may look alive for a moment.
+const SURE: Duration = Duration::from_millis(200);
+/// In the flags of a process (`PF_EXITING`): it ends.
+const EXITING: u32 = 4;
+/// In a mask of signals.
+const SIGKILL: u64 = 1 << 8;
 
 /// Zeros are written this many bytes at a time.
 const ZEROS: u64 = 16 << 20;
@@ -41,11 +51,12 @@ pub(super) struct Located {
     device: bool,
 }
 
-/// Finds the file and locks it.
+/// Finds the file and locks it. An owner that is about to end is waited for.
 pub(super) fn locate(config: &SlotStoreConfig) -> Result<Located, StoreError> {
+    let until = Instant::now() + config.lock_time;
     match &config.location {
-        StoreLocation::File(path) => open(path, false, false),
-        StoreLocation::Device(path) => open(path, false, true),
+        StoreLocation::File(path) => open(path, Kind::Given, until),
+        StoreLocation::Device(path) => open(path, Kind::Device, until),
         StoreLocation::Folder(folder) => {
             fs::create_dir_all(folder).map_err(|source| StoreError::Io {
                 what: "make the folder of",
@@ -55,8 +66,10 @@ pub(super) fn locate(config: &SlotStoreConfig) -> Result<Located, StoreError> {
             let digest = config.fingerprint.digest();
             for number in 0..FILES_PER_FOLDER {
                 let name = format!("kv-v{VERSION}-{digest:016x}-{number}.g3");
-                match open(&folder.join(name), true, false) {
-                    Err(StoreError::InUse { .. }) => {}
+                match open(&folder.join(name), Kind::Numbered, until) {
+                    Err(StoreError::InUse { path, holder }) => {
+                        tracing::info!(store = %path.display(), %holder, "KV store is in use: the next number is tried");
+                    }
                     result => return result,
                 }
             }
@@ -67,7 +80,19 @@ pub(super) fn locate(config: &SlotStoreConfig) -> Result<Located, StoreError> {
     }
 }
 
-fn open(path: &Path, owned: bool, device: bool) -> Result<Located, StoreError> {
+/// How a file was named.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// By whoever configured it: nobody else has any business there.
+    Given,
+    /// The same, a block device.
+    Device,
+    /// By the fingerprint and a number: others that live have numbers of their own.
+    Numbered,
+}
+
+fn open(path: &Path, kind: Kind, until: Instant) -> Result<Located, StoreError> {
+    let device = kind == Kind::Device;
     let io = |what: &'static str| {
         let path = path.to_owned();
         move |source: io::Error| StoreError::Io { what, path, source }
@@ -91,23 +116,62 @@ fn open(path: &Path, owned: bool, device: bool) -> Result<Located, StoreError> {
         }
         Err(error) => return Err(io("open")(error)),
     };
-    match lock.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => {
-            return Err(StoreError::InUse {
-                path: path.to_owned(),
-                holder: holder(&lock),
-            });
+    let begun = Instant::now();
+    loop {
+        match lock.try_lock() {
+            Ok(()) => break,
+            Err(TryLockError::WouldBlock) => {
+                let holder = holder(&lock);
+                // In a folder there are other numbers, so that only a dying owner is worth waiting for.
+                let worth = kind != Kind::Numbered || ends(holder) || begun.elapsed() < SURE;
+                if worth && Instant::now() < until {
+                    thread::park_timeout(LOOK);
+                    continue;
+                }
+                return Err(StoreError::InUse {
+                    path: path.to_owned(),
+                    holder,
+                });
+            }
+            Err(TryLockError::Error(error)) => return Err(io("lock")(error)),
         }
-        Err(TryLockError::Error(error)) => return Err(io("lock")(error)),
     }
     Ok(Located {
         lock: Lock(lock),
         path: path.to_owned(),
-        owned,
+        owned: kind == Kind::Numbered,
         read_only,
         device,
     })
+}
+
+/// Whether the holder has been killed, or ends for another reason, and has only not let go yet: its requests
+/// to the device may take a moment.
+fn ends(holder: Holder) -> bool {
+    let Holder::Process(process) = holder else {
+        return false;
+    };
+    let Ok(stat) = fs::read_to_string(format!("/proc/{process}/stat")) else {
+        return true;
+    };
+    // "4711 (name) S ...": the state, and six words later the flags.
+    let mut words = stat
+        .rsplit(')')
+        .next()
+        .unwrap_or_default()
+        .split_whitespace();
+    let state = words.next().unwrap_or_default();
+    let flags: u32 = words.nth(5).and_then(|word| word.parse().ok()).unwrap_or(0);
+    let killed = || {
+        let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+        let pending = status.lines().filter_map(|line| {
+            line.strip_prefix("ShdPnd:")
+                .or_else(|| line.strip_prefix("SigPnd:"))
+        });
+        let mut masks = pending.filter_map(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+        masks.any(|mask| mask & SIGKILL != 0)
+    };
+    matches!(state, "Z" | "X") || flags & EXITING != 0 || killed()
 }
 
 /// Who has the lock, by the kernel's list.
