@@ -430,6 +430,19 @@ impl World {
         if let Some(spec) = self.tiers.next_move(self.now) {
             assert!(!spec.blocks.is_empty());
             assert!(spec.blocks.len() <= self.config.queues.batch_blocks as usize);
+            let others = self
+                .running
+                .iter()
+                .chain(self.unquiet.iter().map(|(spec, _)| spec));
+            for other in others {
+                let both = [(&spec, other), (other, &spec)];
+                for (one, other) in both {
+                    let written: BTreeSet<Place> = places(one).filter_map(|[_, to]| to).collect();
+                    let mut used = places(other).flatten().flatten();
+                    let clash = used.find(|place| written.contains(place));
+                    assert_eq!(clash, None, "{one:?} overwrites what {other:?} uses");
+                }
+            }
             self.running.push(spec);
             assert!(self.running.len() <= self.config.queues.concurrent as usize);
         }
@@ -607,6 +620,27 @@ fn check_contents(pool: &BlockPool, contents: &[u64], name: TokenBlock, except: 
     }
 }
 
+/// Where bytes are: the tier, the rank of a device, the block or slot.
+type Place = (Tier, u32, u32);
+
+/// Where each block of a move comes from and goes to.
+fn places(spec: &MoveSpec) -> impl Iterator<Item = [Option<Place>; 2]> {
+    let device = |id: u32| Some((Tier::Device, spec.rank.0, id));
+    let below = |tier: Tier| move |id: u32| Some((tier, 0, id));
+    let (host, disk) = (below(Tier::Host), below(Tier::Disk));
+    spec.blocks.iter().map(move |block| {
+        let MovedBlock { from, to, .. } = *block;
+        match spec.kind {
+            MoveKind::DeviceToHost => [device(from), host(to)],
+            MoveKind::HostToDevice => [host(from), device(to)],
+            MoveKind::HostToDisk => [host(from), disk(to)],
+            MoveKind::DiskToHost => [disk(from), host(to)],
+            MoveKind::HostToRemote => [host(from), None],
+            MoveKind::RemoteToHost => [None, host(to)],
+        }
+    })
+}
+
 fn take<T>(list: &mut Vec<T>, at: usize) -> Option<T> {
     (!list.is_empty()).then(|| list.remove(at % list.len()))
 }
@@ -631,4 +665,62 @@ proptest! {
         }
         world.drain();
     }
+}
+
+/// A slot of G3 is held by the copy that reads it, also when nobody waits for the copy any more: all
+/// other slots are overwritten meanwhile, several times.
+#[test]
+fn a_slot_is_not_overwritten_while_it_is_read_for_nobody() {
+    let shape = Shape {
+        device: 6,
+        host: 4,
+        disk: 3,
+        remote: false,
+        admission: AdmissionKind::All,
+        promote: true,
+        budget: None,
+        batch: 1,
+        concurrent: 4,
+        queue: 8,
+    };
+    let mut world = World::new(&shape);
+    let run = |world: &mut World| {
+        loop {
+            world.start();
+            world.ended();
+            let other = |spec: &MoveSpec| spec.kind != MoveKind::DiskToHost;
+            let Some(at) = world.running.iter().position(other) else {
+                break;
+            };
+            let spec = world.running.remove(at);
+            world.finish(spec, End::Moved);
+            world.check();
+        }
+    };
+    let first = names(&[0]);
+    world.compute(0, &first, None);
+    run(&mut world);
+    world.apply(&Op::ForgetHost(vec![0]));
+    world.find(1, first.clone());
+    let found = world.found.remove(0);
+    assert_eq!(found.held, [(Tier::Disk, first[0].sequence)]);
+    world.onboard(found, Duration::from_secs(60));
+    world.start();
+    assert_eq!(world.running[0].kind, MoveKind::DiskToHost);
+    world.apply(&Op::Cancel(0));
+    assert!(world.loading.is_empty());
+    let written = |world: &World| world.tiers.stats().disk_bytes_written / BLOCK_BYTES;
+    let before = written(&world);
+    for path in [[1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]] {
+        world.compute(0, &names(&path), None);
+        run(&mut world);
+    }
+    let stats = world.tiers.stats();
+    assert!(written(&world) > before + 3, "{before}: {stats:?}");
+    let read = world.running.remove(0);
+    assert_eq!(read.kind, MoveKind::DiskToHost);
+    // Fails if the slot has another block now.
+    world.finish(read, End::Moved);
+    world.check();
+    world.drain();
 }
