@@ -25,7 +25,7 @@ impl MemoryBound {
 
 /// Bytes per second that `threads` threads read together. A bound is what is possible: the best of
 /// several passes counts.
-pub(super) fn read_bandwidth(threads: usize) -> f64 {
+pub(crate) fn read_bandwidth(threads: usize) -> f64 {
     let words = vec![1u64; WORDS];
     let mut best = 0.0_f64;
     for _ in 0..5 {

@@ -28,6 +28,7 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::{Map, Value, json};
 
 use self::bound::MemoryBound;
+pub(crate) use self::bound::read_bandwidth;
 pub use self::tiers::TierArgs;
 use crate::report::{Record, Report, Samples, Table, case};
 
@@ -210,7 +211,7 @@ impl Bench {
         };
         let layout = self.arena.layout();
         MemoryBound {
-            bytes_per_s: bound::read_bandwidth(args.threads()),
+            bytes_per_s: read_bandwidth(args.threads()),
             weight_bytes: weights(self.executor.model().config()) * element,
             kv_bytes_per_token: layout.block_bytes() as u64 / u64::from(layout.block_tokens),
         }

@@ -10,6 +10,7 @@ use std::{
     collections::VecDeque,
     fs,
     io::Write,
+    ops::Range,
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
@@ -93,7 +94,7 @@ pub(super) fn run<W: Write>(
                 cores.push(used);
                 if let Some(fio) = &fio {
                     let (rate, used) =
-                        fio.measure(&file.path, bytes, op, block_bytes, in_flight, time)?;
+                        fio.measure(&file.path, 0..bytes, op, block_bytes, in_flight, time)?;
                     fio_rates.push(rate);
                     fio_cores.push(used);
                 }
@@ -358,14 +359,14 @@ impl Fio {
         version.status.success().then_some(Self)
     }
 
-    /// GB/s and cores used.
+    /// GB/s and cores used, with requests in this range of a file.
     ///
     /// # Errors
     /// It fails, or says nothing that can be read.
     pub(crate) fn measure(
         &self,
         path: &Path,
-        bytes: u64,
+        range: Range<u64>,
         op: OpName,
         block_bytes: u32,
         in_flight: u32,
@@ -385,7 +386,8 @@ impl Fio {
             ])
             .arg(format!("--filename={}", path.display()))
             .arg(format!("--rw=rand{}", op.as_str()))
-            .arg(format!("--size={bytes}"))
+            .arg(format!("--offset={}", range.start))
+            .arg(format!("--size={}", range.end - range.start))
             .arg(format!("--bs={block_bytes}"))
             .arg(format!("--iodepth={in_flight}"))
             .arg(format!("--runtime={}ms", time.as_millis()))
