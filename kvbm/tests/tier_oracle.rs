@@ -678,6 +678,7 @@ fn a_slot_is_not_overwritten_while_it_is_read_for_nobody() {
         remote: false,
         admission: AdmissionKind::All,
         promote: true,
+        demote_ahead: true,
         budget: None,
         batch: 1,
         concurrent: 4,
