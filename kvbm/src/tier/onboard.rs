@@ -151,17 +151,9 @@ impl Tiers {
         let at = self.rank_index(rank).expect("the rank is attached");
         let full = self.onboards.len() >= self.config.queues.onboard_requests_max as usize;
         self.offer_hits(now, &found);
-        let key = self.onboards.insert(Onboard {
-            rank: at,
-            started: now,
-            deadline,
-            blocks: Vec::with_capacity(found.len()),
-            ready: VecDeque::new(),
-            listed: false,
-            copying: 0,
-            end: found.len(),
-            reason: None,
-        });
+        let end = found.len();
+        let mut blocks = Vec::with_capacity(end);
+        let mut ready = VecDeque::new();
         let mut targets = targets.into_iter();
         let mut parent = None;
         let mut lower = Vec::with_capacity(found.lower());
@@ -179,16 +171,31 @@ impl Tiers {
             };
             match state {
                 State::Waiting => lower.push((at, parent, source)),
-                State::Ready(_) => self.ready_now(key, at),
+                State::Ready(_) => ready.push_back(at),
                 _ => {}
             }
-            self.onboard_mut(key).blocks.push(Awaited {
+            blocks.push(Awaited {
                 name: found.name,
                 target,
                 from,
                 state,
             });
             parent = Some(found.name.sequence);
+        }
+        let listed = !ready.is_empty();
+        let key = self.onboards.insert(Onboard {
+            rank: at,
+            started: now,
+            deadline,
+            blocks,
+            ready,
+            listed,
+            copying: 0,
+            end,
+            reason: None,
+        });
+        if listed {
+            self.loading.push_back(key);
         }
         self.next_deadline = self.next_deadline.min(deadline);
         if full || deadline <= now {
