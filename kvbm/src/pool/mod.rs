@@ -21,7 +21,9 @@ use crate::{
     events::{EventFeed, EventHub, JoinError},
     evict::{EvictionKind, EvictionPolicy},
 };
-pub(crate) use shared::{HashIsUniform, Shared, lock_all};
+#[cfg(not(loom))]
+pub(crate) use shared::HashIsUniform;
+pub(crate) use shared::{Shared, lock_all};
 pub(crate) use store::Found;
 
 /// The blocks of one tier. Cheap to clone; all clones are the same pool. Handles keep the pool, and
