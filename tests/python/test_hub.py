@@ -34,8 +34,9 @@ class Hub(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self):
+    def __init__(self, model=ID):
         super().__init__(("127.0.0.1", 0), Answer)
+        self.model = model
         self.files = {path.name: path.read_bytes() for path in CHECKPOINT.iterdir() if path.is_file()}
         self.files["README.md"] = b"not wanted"
         self.files["pytorch_model.bin"] = b"not wanted either"
@@ -64,10 +65,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
             return self.refuse(401)
         if hub.gated:
             return self.refuse(403)
-        if self.path == f"/api/models/{ID}/revision/main":
+        if self.path == f"/api/models/{hub.model}/revision/main":
             listed = {"sha": COMMIT, "siblings": [{"rfilename": name} for name in sorted(hub.files)]}
             return self.send(200, json.dumps(listed).encode(), {})
-        if match := re.fullmatch(rf"/{ID}/resolve/{COMMIT}/(.+)", self.path):
+        if match := re.fullmatch(rf"/{hub.model}/resolve/{COMMIT}/(.+)", self.path):
             name = match[1]
             if name not in hub.files:
                 return self.refuse(404)
