@@ -81,6 +81,8 @@ pub mod store;
 mod sync;
 #[cfg(not(loom))]
 pub mod tier;
+#[cfg(not(loom))]
+mod wire;
 
 pub use admit::{
     Admission, AdmissionConfig, AdmissionKind, Offer, Offered, UnknownAdmission, WriteBudget,

@@ -8,6 +8,7 @@ use blockplane_protocol::{BlockHash, DpRank, SequenceHash, TokenBlock};
 use crate::{
     fingerprint::Fingerprint,
     tier::{BlockOutcome, Invalid, MoveId, MoveKind, MoveSpec, MovedBlock, TierFault},
+    wire::{Out, Take},
 };
 
 const MAGIC: [u8; 4] = *b"BPKR";
@@ -236,17 +237,7 @@ impl Message {
     }
 }
 
-struct Out(Vec<u8>);
-
 impl Out {
-    fn u32(&mut self, value: u32) {
-        self.0.extend(value.to_le_bytes());
-    }
-
-    fn u64(&mut self, value: u64) {
-        self.0.extend(value.to_le_bytes());
-    }
-
     fn text(&mut self, text: &str) {
         let text = &text[..text.floor_char_boundary(TEXT_MAX)];
         self.u32(u32::try_from(text.len()).unwrap_or(0));
@@ -254,35 +245,7 @@ impl Out {
     }
 }
 
-struct Take<'a>(&'a [u8]);
-
 impl Take<'_> {
-    fn bytes<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let (first, rest) = self.0.split_first_chunk::<N>()?;
-        self.0 = rest;
-        Some(*first)
-    }
-
-    fn u8(&mut self) -> Option<u8> {
-        self.bytes::<1>().map(|[byte]| byte)
-    }
-
-    fn flag(&mut self) -> Option<bool> {
-        match self.u8()? {
-            0 => Some(false),
-            1 => Some(true),
-            _ => None,
-        }
-    }
-
-    fn u32(&mut self) -> Option<u32> {
-        self.bytes().map(u32::from_le_bytes)
-    }
-
-    fn u64(&mut self) -> Option<u64> {
-        self.bytes().map(u64::from_le_bytes)
-    }
-
     fn text(&mut self) -> Option<String> {
         let length = self.u32()? as usize;
         if length > TEXT_MAX {

@@ -4,7 +4,10 @@
 use blockplane_protocol::{BlockHash, SequenceHash, TokenBlock};
 use blockplane_transfer::{BlockLayout, RegionId, WindowId};
 
-use crate::fingerprint::Fingerprint;
+use crate::{
+    fingerprint::Fingerprint,
+    wire::{Out, Take},
+};
 
 const MAGIC: [u8; 4] = *b"BPKP";
 const VERSION: u8 = 1;
@@ -251,52 +254,14 @@ fn count(length: usize) -> u32 {
     u32::try_from(length).unwrap_or(u32::MAX)
 }
 
-struct Out(Vec<u8>);
-
 impl Out {
-    fn u32(&mut self, value: u32) {
-        self.0.extend(value.to_le_bytes());
-    }
-
-    fn u64(&mut self, value: u64) {
-        self.0.extend(value.to_le_bytes());
-    }
-
     fn number(&mut self, value: Option<u64>) {
         self.0.push(u8::from(value.is_some()));
         self.u64(value.unwrap_or(0));
     }
 }
 
-struct Take<'a>(&'a [u8]);
-
 impl Take<'_> {
-    fn bytes<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let (first, rest) = self.0.split_first_chunk::<N>()?;
-        self.0 = rest;
-        Some(*first)
-    }
-
-    fn u8(&mut self) -> Option<u8> {
-        self.bytes::<1>().map(|[byte]| byte)
-    }
-
-    fn flag(&mut self) -> Option<bool> {
-        match self.u8()? {
-            0 => Some(false),
-            1 => Some(true),
-            _ => None,
-        }
-    }
-
-    fn u32(&mut self) -> Option<u32> {
-        self.bytes().map(u32::from_le_bytes)
-    }
-
-    fn u64(&mut self) -> Option<u64> {
-        self.bytes().map(u64::from_le_bytes)
-    }
-
     fn number(&mut self) -> Option<Option<u64>> {
         match (self.flag()?, self.u64()?) {
             (false, 0) => Some(None),
