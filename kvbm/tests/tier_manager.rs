@@ -20,8 +20,9 @@ use blockplane_kvbm::{
     host_arena,
     store::StoreLocation,
     tier::{
-        DiskConfig, HealthConfig, MoveKind, MoveReport, MoveSpec, Mover, NotLoaded, Onboarded,
-        Pending, QueueConfig, RankTiers, TierConfig, TierManager, TierParts, TierPools, TierState,
+        BlockOutcome, DiskConfig, HealthConfig, Invalid, MoveKind, MoveReport, MoveSpec, Mover,
+        NotLoaded, Onboarded, Pending, QueueConfig, RankTiers, TierConfig, TierManager, TierParts,
+        TierPools, TierState,
     },
 };
 use blockplane_protocol::{
@@ -442,4 +443,47 @@ fn wait_for(ready: impl Fn() -> bool) {
         assert!(Instant::now() < until, "it takes too long");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// A mover whose G2 lost a block, as that of a rank that started anew.
+struct Forgetful(TokenBlock);
+
+impl Mover for Forgetful {
+    fn run(&self, spec: &MoveSpec) -> MoveReport {
+        let mut report = MoveReport::moved(spec.blocks.len(), 0);
+        if spec.kind == MoveKind::HostToDevice {
+            for (outcome, block) in report.outcomes.iter_mut().zip(&spec.blocks) {
+                if block.name == self.0 {
+                    *outcome = BlockOutcome::Invalid(Invalid::Missing);
+                }
+            }
+        }
+        report
+    }
+}
+
+#[test]
+fn what_g2_turns_out_not_to_have_leaves_the_books() {
+    let host = BlockPool::accounting(24, PoolConfig::default());
+    let warm = prompt(6, 4);
+    let mut parent = None;
+    for (slot, name) in (0..).zip(warm.blocks()) {
+        host.restore([(BlockId(slot), *name, parent)]);
+        parent = Some(name.sequence);
+    }
+    let pools = TierPools {
+        host,
+        disk: None,
+        remote: None,
+    };
+    let mover = Arc::new(Forgetful(warm.blocks()[1]));
+    let manager = TierManager::start_with(&config(24), pools, 1, mover).unwrap();
+    let device = BlockPool::accounting(16, PoolConfig::default());
+    let tiers = manager.attach_books(RANK, device.clone());
+    let targets = device.allocate(4).unwrap();
+    let end = onboard(&tiers, tiers.find(warm.blocks()), &targets, SOON);
+    assert_eq!((end.loaded, end.reason), (1, Some(NotLoaded::Invalid)));
+    assert_eq!(manager.stats().invalid.host, 1);
+    // The next request computes it, and is not promised it again.
+    assert_eq!(tiers.find(warm.blocks()).len(), 1);
 }

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     fingerprint::Fingerprint,
-    tier::{BlockOutcome, MoveReport, MoveSpec, Mover, Pending, TierFault},
+    tier::{BlockOutcome, MoveKind, MoveReport, MoveSpec, Mover, Pending, TierFault},
 };
 
 /// Moves under way or not over, at most.
@@ -98,6 +98,8 @@ struct State {
 struct Rank {
     joined: Option<Joined>,
     old: VecDeque<u64>,
+    /// It started anew: what the books say of its G1 is not true any more.
+    device_lost: bool,
 }
 
 struct Joined {
@@ -258,6 +260,23 @@ impl RankedMover {
         }
     }
 
+    /// Whether a rank started anew since its G1 was last known to be empty: nothing is offloaded until
+    /// [`Self::device_emptied`].
+    #[must_use]
+    pub fn device_lost(&self) -> bool {
+        let state = self.shared.state.lock();
+        state.ranks.iter().any(|rank| rank.device_lost)
+    }
+
+    /// The pool of G1 has no blocks of before any more. To be called after
+    /// [`BlockPool::clear`](crate::BlockPool::clear), when nothing computes on older blocks.
+    pub fn device_emptied(&self) {
+        let mut state = self.shared.state.lock();
+        for rank in &mut state.ranks {
+            rank.device_lost = false;
+        }
+    }
+
     /// What happened so far.
     #[must_use]
     pub fn stats(&self) -> RankStats {
@@ -377,10 +396,12 @@ impl Shared {
             lost: false,
         });
         stats.joined += 1;
-        if let Some((old, ended)) = before {
-            if old != epoch {
-                rank.retire(old);
-            }
+        if let Some((old, _)) = before.filter(|(old, _)| *old != epoch) {
+            rank.retire(old);
+        }
+        // Lives that ended were retired when they did.
+        rank.device_lost |= !rank.old.is_empty() && before.is_none_or(|(old, _)| old != epoch);
+        if let Some((_, ended)) = before {
             // It greets when what it was told before is over; another life of it took its place.
             state.settle(number, ended, "it joined anew");
         }
@@ -419,6 +440,11 @@ impl Shared {
         for (number, rank) in state.ranks.iter().enumerate() {
             let joined = rank.ready();
             let joined = joined.ok_or_else(|| format!("rank {number} is not there"))?;
+            if rank.device_lost && spec.kind == MoveKind::DeviceToHost {
+                return Err(format!(
+                    "rank {number} started anew, and what its G1 had is gone"
+                ));
+            }
             links.push((joined.session, Arc::clone(&joined.link)));
         }
         let id = state.next_id;

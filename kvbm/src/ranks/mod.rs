@@ -9,10 +9,17 @@
 //! until it is back. As long as nobody knows that it has stopped copying, the blocks of such a move
 //! stay out of use ([`Pending`](crate::tier::Pending)).
 //!
+//! A rank that died comes back with an empty G1 and G2, while the leader's books still have what was
+//! there. Of G2 a rank gives only what came into it since it started; the rest is
+//! [`Invalid::Missing`](crate::tier::Invalid), which takes the block out of the books. What is in G1
+//! nobody but the engine knows: nothing is offloaded from it until the engine has emptied the pool of
+//! G1 and said so ([`RankedMover::device_emptied`]).
+//!
 //! Messages travel over any [`RankLink`]; [`serve_ranks`] and [`join_leader`] take the notifications
 //! of a transfer agent. They may be lost, repeated, late and out of order.
 
 mod codec;
+mod held;
 mod leader;
 mod net;
 mod worker;

@@ -13,6 +13,7 @@ use parking_lot::{Condvar, Mutex};
 use super::{
     RankLink, RankShape,
     codec::{Done, Message},
+    held::Held,
     leader::RankError,
 };
 use crate::tier::{BlockOutcome, MoveReport, MoveSpec, Mover};
@@ -37,6 +38,8 @@ struct Shared {
     epoch: u64,
     address: Vec<u8>,
     mover: Arc<dyn Mover>,
+    /// What this life of the rank has in G2.
+    held: Held,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -79,6 +82,7 @@ impl RankWorker {
             epoch,
             address,
             mover,
+            held: Held::default(),
             state: Mutex::default(),
             changed: Condvar::new(),
         });
@@ -288,7 +292,7 @@ impl Shared {
                 pending,
                 bytes,
                 fault,
-            } = self.mover.run(&spec);
+            } = self.held.run(self.mover.as_ref(), &spec);
             let mut done = Done {
                 quiet: pending.is_none(),
                 bytes,

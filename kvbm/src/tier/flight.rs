@@ -121,11 +121,18 @@ impl Tiers {
                 at,
                 sources,
             } => {
-                for (at, outcome) in at.iter().zip(outcomes) {
-                    if *outcome == BlockOutcome::Moved {
-                        self.block_loaded(onboard, *at);
-                    } else {
-                        self.block_failed(onboard, *at, NotLoaded::Failed);
+                for ((at, outcome), source) in at.iter().zip(outcomes).zip(&sources) {
+                    match outcome {
+                        BlockOutcome::Moved => self.block_loaded(onboard, *at),
+                        BlockOutcome::Invalid(_) => {
+                            if let Source::Shared(block) = source {
+                                self.lost_in_host(block.hash());
+                            }
+                            self.block_failed(onboard, *at, NotLoaded::Invalid);
+                        }
+                        BlockOutcome::Failed(_) | BlockOutcome::Bad(_) => {
+                            self.block_failed(onboard, *at, NotLoaded::Failed);
+                        }
                     }
                 }
                 if quiet {
@@ -165,6 +172,11 @@ impl Tiers {
                 let moved = |outcome: &&BlockOutcome| **outcome == BlockOutcome::Moved;
                 let written = outcomes.iter().filter(moved).count();
                 self.dropped(Dropped::Failed, outcomes.len() - written);
+                for (name, outcome) in sources.names().zip(outcomes) {
+                    if let BlockOutcome::Invalid(_) = outcome {
+                        self.lost_in_host(name.sequence);
+                    }
+                }
                 if let Some(mut targets) = targets {
                     self.stats.disk_bytes_written += written as u64 * self.block_bytes;
                     targets.register_copies(&sources, |at| outcomes[at] == BlockOutcome::Moved);
@@ -187,6 +199,11 @@ impl Tiers {
             }
         }
         (!quiet).then_some(parked)
+    }
+
+    /// G2 does not have what the books say: a rank that started anew lost it.
+    fn lost_in_host(&self, name: SequenceHash) {
+        self.host.forget(name);
     }
 
     /// Blocks came into G2, or what stands in for it, from G1. Returns the targets that were not

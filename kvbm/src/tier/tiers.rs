@@ -541,7 +541,12 @@ impl Tiers {
         stats.failed_blocks += (outcomes.len() - moved) as u64;
         stats.late += u64::from(late);
         stats.latency.record(took);
-        *self.stats.invalid.get_mut(tier) += invalid;
+        let source = if flight.kind.into_host() {
+            tier
+        } else {
+            Tier::Host
+        };
+        *self.stats.invalid.get_mut(source) += invalid;
         let ended = match (moved as u64 + invalid + bad, late) {
             (0, true) => Ended::Late,
             (0, false) => Ended::Failed,

@@ -217,7 +217,7 @@ fn a_slow_rank_costs_the_time_of_the_move_and_its_blocks_wait() {
     *ranks[1].memory.pause.lock().unwrap() = Duration::from_millis(700);
     let started = Instant::now();
     let time = Duration::from_millis(100);
-    let report = leader.run(&spec(MoveKind::HostToDevice, 0, 4, 2, time));
+    let report = leader.run(&spec(MoveKind::DeviceToHost, 0, 4, 2, time));
     assert!(started.elapsed() < Duration::from_millis(500));
     let late = |outcome: &BlockOutcome| matches!(outcome, BlockOutcome::Failed(why) if why.contains("rank 1"));
     assert!(report.outcomes.iter().all(late), "{:?}", report.outcomes);
@@ -260,6 +260,14 @@ fn a_rank_that_ended_fails_moves_and_comes_back() {
         .join(Arc::clone(&again.to_leader), TIME)
         .unwrap();
     leader.wait_ready(TIME).unwrap();
+    // Its G1 is empty, whatever the books say.
+    assert!(leader.device_lost());
+    let refused = leader.run(&spec(MoveKind::DeviceToHost, 0, 4, 2, TIME));
+    assert!(
+        matches!(&refused.outcomes[0], BlockOutcome::Failed(why) if why.contains("started anew"))
+    );
+    assert_eq!(again.memory.runs.load(Ordering::Acquire), 0);
+    leader.device_emptied();
     let report = leader.run(&spec(MoveKind::DeviceToHost, 0, 4, 2, TIME));
     assert_eq!(report.outcomes, vec![BlockOutcome::Moved; 2]);
     assert_eq!(again.memory.runs.load(Ordering::Acquire), 1);
@@ -316,7 +324,7 @@ fn bad_links_cost_moves_and_nothing_else() {
         let moves = 6;
         for number in 0..moves {
             let time = Duration::from_millis(40);
-            let mut next = spec(MoveKind::HostToDisk, 0, 4, 2, time);
+            let mut next = spec(MoveKind::DeviceToHost, 0, 4, 2, time);
             next.id.0 = number + 1;
             let report = leader.run(&next);
             if let Some(pending) = report.pending {

@@ -11,7 +11,7 @@ use blockplane_kvbm::{
     KvArena, MoveKind, Mover, RankWorker, RankedMover, SlotStore, SlotStoreConfig,
     ranks::{join_leader, serve_ranks},
     store::StoreLocation,
-    tier::{BlockOutcome, LocalMover},
+    tier::{BlockOutcome, Invalid, LocalMover},
 };
 use blockplane_protocol::DpRank;
 use blockplane_transfer::{Agent, AgentConfig, Lane};
@@ -230,6 +230,15 @@ fn ranks_of_other_processes_move_blocks_die_and_come_back() {
     if let Some(pending) = report.pending {
         pending.wait();
     }
+    // Its memory is new: what only the books have is not given to anybody, on no rank.
+    let missing = vec![BlockOutcome::Invalid(Invalid::Missing); 3];
+    for kind in [MoveKind::HostToDevice, MoveKind::HostToDisk] {
+        let report = leader.run(&spec(kind, 5, 12, 3, TIME));
+        assert_eq!(report.outcomes, missing, "{kind}");
+    }
+    assert!(ranks[1].same(12, 12), "nothing came into its G1");
+    let report = leader.run(&spec(MoveKind::DeviceToHost, 0, 5, 3, TIME));
+    assert!(report.outcomes.iter().all(failed), "{:?}", report.outcomes);
     moved(&leader, MoveKind::DiskToHost, 2, 9);
     moved(&leader, MoveKind::HostToDevice, 9, 12);
     for rank in &mut ranks {
@@ -237,5 +246,7 @@ fn ranks_of_other_processes_move_blocks_die_and_come_back() {
             assert!(rank.same(12 + at, at));
         }
     }
+    leader.device_emptied();
+    moved(&leader, MoveKind::DeviceToHost, 0, 5);
     assert_eq!(leader.stats().open, 0);
 }
