@@ -274,6 +274,76 @@ fn a_spoilt_block_is_not_delivered_and_its_slot_is_remembered() {
     assert_eq!(recovered.len(), 8);
 }
 
+/// What was written is still read from a file without a name, and nothing more is put there.
+#[test]
+fn a_file_that_was_removed_is_only_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let agent = agent();
+    let memory = Memory::new(&agent, 2, 1);
+    let names = names(2);
+    let config = config(file(folder.path()), 4);
+    let (store, _) = SlotStore::open(&agent, &config).unwrap();
+    let writes = writes(&names, |block| block);
+    memory.fill(0, 7);
+    let report = store.write(&memory.store(), &writes[..1], soon());
+    assert_eq!(report.outcomes, [MOVED]);
+    fs::remove_file(folder.path().join("store")).unwrap();
+    let mut report = store.write(&memory.store(), &writes[1..], soon());
+    let outcome = report.outcomes.remove(0);
+    assert!(
+        matches!(&outcome, BlockOutcome::Failed(why) if why.contains("removed")),
+        "{outcome:?}"
+    );
+    assert!(matches!(store.health(), StoreHealth::ReadOnly { .. }));
+    memory.fill(0, 8);
+    let report = store.read(&memory.store(), &reads(&writes[..1]), soon());
+    assert_eq!(report.outcomes, [MOVED]);
+    assert!(memory.holds(0, 7));
+    drop(store);
+    let (store, recovered) = SlotStore::open(&agent, &config).unwrap();
+    assert_eq!((store.health(), recovered.len()), (StoreHealth::On, 0));
+}
+
+/// Whether a read or a write finds it.
+#[test]
+fn a_file_that_was_cut_is_not_used_any_more() {
+    for by_reading in [true, false] {
+        let folder = tempfile::tempdir().unwrap();
+        let agent = agent();
+        let memory = Memory::new(&agent, 2, 1);
+        let names = names(2);
+        let config = config(file(folder.path()), 4);
+        let (store, _) = SlotStore::open(&agent, &config).unwrap();
+        let writes = writes(&names, |block| block);
+        (0..2).for_each(|block| memory.fill(block, block));
+        let report = store.write(&memory.store(), &writes, soon());
+        assert_eq!(report.outcomes, [MOVED, MOVED]);
+        let path = folder.path().join("store");
+        let raw = fs::File::options().write(true).open(&path).unwrap();
+        let left = raw.metadata().unwrap().len() - 3 * BLOCK;
+        raw.set_len(left).unwrap();
+        let report = if by_reading {
+            store.read(&memory.store(), &reads(&writes[1..]), soon())
+        } else {
+            store.write(&memory.store(), &writes[1..], soon())
+        };
+        assert!(matches!(report.outcomes[..], [BlockOutcome::Failed(_)]));
+        let health = store.health();
+        assert!(
+            matches!(&health, StoreHealth::Off { reason } if reason.contains(&left.to_string())),
+            "{health:?}"
+        );
+        drop(store);
+        // The next one gives it its length back, and has what was not cut off.
+        let (store, recovered) = SlotStore::open(&agent, &config).unwrap();
+        assert_eq!(store.capacity(), 4);
+        let found: Vec<u32> = recovered.iter().map(|slot| slot.slot).collect();
+        let report = store.read(&memory.store(), &reads(&writes), soon());
+        assert_eq!(report.outcomes[0], MOVED, "{found:?}");
+        assert!(matches!(report.outcomes[1], BlockOutcome::Invalid(_)));
+    }
+}
+
 #[test]
 fn one_process_at_a_time() {
     let folder = tempfile::tempdir().unwrap();

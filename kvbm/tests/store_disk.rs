@@ -2,7 +2,8 @@
 //! without it the tests say so and check nothing.
 
 use std::{
-    fs,
+    fs, io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
@@ -153,6 +154,67 @@ fn no_room_at_all_is_an_error() {
     let config = config(StoreLocation::Folder(folder.path().to_owned()), 10);
     let error = SlotStore::open(&agent, &config).unwrap_err();
     assert!(matches!(error, StoreError::Open(_)), "{error}");
+}
+
+/// Neither allocates space without writing it; the second one has no way around the page cache.
+#[test]
+fn file_systems_without_fallocate_or_direct_requests_are_used_as_they_are() {
+    for kind in ["ext2", "ramfs"] {
+        let folder = tempfile::tempdir().unwrap();
+        let (disk, image) = (folder.path().join("disk"), folder.path().join("image"));
+        fs::create_dir(&disk).unwrap();
+        let (place, image) = (disk.to_str().unwrap(), image.to_str().unwrap());
+        let made = if kind == "ramfs" {
+            run(&["mount", "-t", "ramfs", "ramfs", place])
+        } else {
+            fs::File::create(image).unwrap().set_len(16 << 20).unwrap();
+            run(&["mkfs.ext2", "-q", image])
+                .and_then(|_| run(&["mount", "-o", "loop", image, place]))
+        };
+        if made.is_none() {
+            continue;
+        }
+        let _mounted = Made {
+            undo: ["umount", place].map(str::to_owned).to_vec(),
+        };
+        let agent = Agent::new(AgentConfig::new(kind)).unwrap();
+        let memory = memory(&agent);
+        let path = disk.join("store");
+        let config = config(StoreLocation::File(path.clone()), 100);
+        let (store, _) = SlotStore::open(&agent, &config).unwrap();
+        assert_eq!((store.capacity(), store.health()), (100, StoreHealth::On));
+        for slot in 0..3 {
+            let outcomes = use_slot(&store, &memory, slot);
+            assert_eq!(
+                outcomes,
+                [BlockOutcome::Moved, BlockOutcome::Moved],
+                "{kind}"
+            );
+        }
+        let file = fs::metadata(&path).unwrap();
+        // Superblocks, intents and headers are there, most payloads are not.
+        let allocated = file.blocks() * 512;
+        assert!(allocated >= 1 << 20, "{kind}: {allocated} bytes");
+        assert!(allocated < file.len() / 2, "{kind}: {allocated} bytes");
+        if kind == "ramfs" {
+            continue;
+        }
+        // Somebody else takes the rest: slots that were written go on, those that were not are lost.
+        let full = fs::File::create(disk.join("filler"))
+            .and_then(|mut file| io::copy(&mut io::repeat(1), &mut file));
+        assert!(full.is_err(), "the disk has no end");
+        let [outcome, _] = use_slot(&store, &memory, 90);
+        assert!(matches!(outcome, BlockOutcome::Bad(_)), "{outcome:?}");
+        for slot in 0..3 {
+            let outcomes = use_slot(&store, &memory, slot);
+            assert_eq!(outcomes, [BlockOutcome::Moved, BlockOutcome::Moved]);
+        }
+        let health = store.health();
+        assert!(
+            matches!(health, StoreHealth::Shrunk { lost: 1, .. }),
+            "{health:?}"
+        );
+    }
 }
 
 #[test]

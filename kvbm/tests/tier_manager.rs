@@ -72,6 +72,16 @@ fn config(host_blocks: u32) -> TierConfig {
 }
 
 fn worker(folder: &Path, config: &TierConfig, order: LayoutOrder) -> Worker {
+    worker_on(folder, config, order, |_| {})
+}
+
+/// With a store to which something happened before.
+fn worker_on(
+    folder: &Path,
+    config: &TierConfig,
+    order: LayoutOrder,
+    happens: impl FnOnce(&SlotStore),
+) -> Worker {
     let engine = Agent::new(AgentConfig::new("engine")).unwrap();
     let own = Agent::new(AgentConfig::new("kvbm")).unwrap();
     let layout = layout(order);
@@ -81,6 +91,7 @@ fn worker(folder: &Path, config: &TierConfig, order: LayoutOrder) -> Worker {
     let location = StoreLocation::Folder(folder.to_owned());
     let store = SlotStoreConfig::new(location, 32, layout.block_bytes() as u64, fingerprint);
     let (store, recovered) = SlotStore::open(&own, &store).unwrap();
+    happens(&store);
     let parts = TierParts {
         host: host_arena(&own, &layout, config, ArenaPlace::Host).unwrap(),
         agent: own.clone(),
@@ -265,6 +276,35 @@ fn a_wrong_byte_on_disk_is_not_loaded_and_not_found_again() {
     assert_eq!(worker.tiers.find(prompt.blocks()).len(), 2);
     let stats = worker.manager.stats();
     assert_eq!((stats.invalid.disk, stats.disk_quarantined_blocks), (1, 1));
+
+    // All from there on is computed. What lies behind the gap has stayed where it was: only the gap is
+    // written, and then all is found on the disk again.
+    drop(targets);
+    worker.pool.clear();
+    worker.compute(&prompt);
+    assert!(worker.manager.flush(SOON));
+    let block = layout(LayoutOrder::BlockFirst).block_bytes() as u64;
+    assert_eq!(worker.manager.stats().disk_bytes_written, block);
+    worker.manager.host().clear();
+    let end = worker.load_after_clear(&prompt);
+    assert_eq!((end.from.disk, end.reason), (6, None));
+}
+
+#[test]
+fn a_store_that_does_not_work_is_known_from_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let close = |store: &SlotStore| store.close(Instant::now() + SOON).unwrap();
+    let worker = worker_on(folder.path(), &config(8), LayoutOrder::BlockFirst, close);
+    let stats = worker.manager.stats();
+    assert!(
+        matches!(&stats.states.disk, TierState::Off(why) if why.contains("closed")),
+        "{:?}",
+        stats.states.disk
+    );
+    worker.compute(&prompt(5, 6));
+    assert!(!worker.manager.flush(SOON), "nothing can be made durable");
+    let end = worker.load_after_clear(&prompt(5, 6));
+    assert_eq!((end.from.host, end.reason), (6, None));
 }
 
 /// A mover without memory that waits, for the kinds that it is told to, until it is let go.

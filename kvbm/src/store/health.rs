@@ -87,11 +87,15 @@ impl Health {
             return;
         }
         state.reads_failed += 1;
-        if state.reads_failed >= IN_A_ROW && !matches!(state.health, StoreHealth::Off { .. }) {
+        if state.reads_failed >= IN_A_ROW {
             let reason = format!("{IN_A_ROW} reads in a row failed: {}", error.message);
-            tracing::error!(store = %self.path.display(), %reason, "KV store is off");
-            state.health = StoreHealth::Off { reason };
+            self.off(&mut state, reason);
         }
+    }
+
+    /// Nothing is done from now on.
+    pub(super) fn turn_off(&self, reason: String) {
+        self.off(&mut self.state.lock(), reason);
     }
 
     /// Nothing is written from now on.
@@ -104,6 +108,13 @@ impl Health {
         self.state.lock().health = StoreHealth::Off {
             reason: "it was closed".to_owned(),
         };
+    }
+
+    fn off(&self, state: &mut State, reason: String) {
+        if !matches!(state.health, StoreHealth::Off { .. }) {
+            tracing::error!(store = %self.path.display(), %reason, "KV store is off");
+            state.health = StoreHealth::Off { reason };
+        }
     }
 
     fn read_only(&self, state: &mut State, reason: String) {

@@ -41,6 +41,29 @@ impl Drop for Lock {
     }
 }
 
+impl Lock {
+    /// What became of a file that is at least `length` bytes long as long as nobody touches it.
+    pub(super) fn fate(&self, length: u64) -> Fate {
+        match self.0.metadata() {
+            Ok(metadata) if !metadata.is_file() => Fate::There,
+            Ok(metadata) if metadata.nlink() == 0 => Fate::Removed,
+            Ok(metadata) if metadata.len() < length => Fate::Cut(metadata.len()),
+            // Reading and writing say more.
+            Ok(_) | Err(_) => Fate::There,
+        }
+    }
+}
+
+/// See [`Lock::fate`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    There,
+    /// It has no name any more.
+    Removed,
+    /// It has only so many bytes.
+    Cut(u64),
+}
+
 /// A locked file.
 pub(super) struct Located {
     pub(super) lock: Lock,
@@ -237,7 +260,7 @@ impl Located {
                     let mut wanted = self.config(config);
                     wanted.length = Some(length);
                     let disk = self.disk(agent, agent.open_file(wanted)?);
-                    return self.fill(disk, config, had, length);
+                    return self.fill(disk, config, geometry, had, length);
                 }
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded if slots > 1 => {
                     // What could not be had is given back before less is asked for.
@@ -292,23 +315,27 @@ impl Located {
         }
     }
 
-    /// The file system cannot allocate: zeros, or holes.
+    /// The file system cannot allocate: zeros, or holes for the payloads. What all slots share is
+    /// never a hole, so that a full disk costs the slots that have not been written yet and no others.
     fn fill(
         &self,
         disk: FileDisk,
         config: &SlotStoreConfig,
+        geometry: &Geometry,
         had: u64,
         length: u64,
     ) -> Result<FileDisk, StoreError> {
-        if !config.zero_fill {
+        let end = if config.zero_fill {
+            length
+        } else {
             tracing::warn!(
                 store = %self.path.display(),
                 "the file system cannot allocate space: the KV store is sparse, and writes may find the \
                  disk full"
             );
-            return Ok(disk);
-        }
-        zeros(&disk, had, length, config.open_time)
+            length.min(geometry.payload_of(0))
+        };
+        zeros(&disk, had, end, config.open_time)
             .map_err(|error| failed("fill", &self.path, &error))?;
         Ok(disk)
     }

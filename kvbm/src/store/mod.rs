@@ -59,7 +59,7 @@ use self::{
     format::{Geometry, PAGE, PAGE_BYTES, Page, Superblock},
     health::Health,
     hold::{Lanes, Pages},
-    locate::Lock,
+    locate::{Fate, Lock},
     recover::{Contents, Plan, Wanted},
     slots::Slots,
 };
@@ -100,7 +100,7 @@ struct Core {
     bytes_written: AtomicU64,
     invalid: AtomicU64,
     /// Keeps other processes out, also while requests of a closed store hang.
-    _lock: Option<Lock>,
+    lock: Option<Lock>,
 }
 
 impl SlotStore {
@@ -228,7 +228,7 @@ impl SlotStore {
             generation: AtomicU64::new(contents.generation),
             bytes_written: AtomicU64::new(bytes_written),
             invalid: AtomicU64::new(0),
-            _lock: lock,
+            lock,
         };
         if capacity < how.slots {
             let why = format!("there is room for {capacity} of {} slots", how.slots);
@@ -393,6 +393,21 @@ struct How {
 impl Core {
     fn payload_of(&self, slot: u32) -> u64 {
         self.geometry.payload_of(slot)
+    }
+
+    /// Looks whether somebody has removed the file or cut it.
+    fn look_at_file(&self) {
+        let length = self.geometry.length(self.capacity);
+        let fate = self.lock.as_ref().map(|lock| lock.fate(length));
+        match fate {
+            None | Some(Fate::There) => {}
+            Some(Fate::Removed) => self.health.only_reads(
+                "its file was removed: what is in it is used until this process ends".to_owned(),
+            ),
+            Some(Fate::Cut(left)) => self
+                .health
+                .turn_off(format!("its file was cut to {left} of {length} bytes")),
+        }
     }
 
     fn next_generation(&self) -> u64 {

@@ -131,6 +131,7 @@ fn judge(
         }
     };
     if let Err(error) = result {
+        core.look_at_file();
         core.health.read_failed(&error);
         if error.kind == DiskErrorKind::Media {
             quarantine(spoilt);

@@ -33,6 +33,7 @@ pub(super) fn write(
     blocks: &[SlotWrite],
     until: Instant,
 ) -> StoreReport {
+    core.look_at_file();
     let refusal = core
         .health
         .no_writes()

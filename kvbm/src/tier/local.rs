@@ -235,17 +235,21 @@ impl LocalMover {
             .iter()
             .filter(|o| **o == BlockOutcome::Moved)
             .count();
-        let fault = match store.health() {
-            StoreHealth::On | StoreHealth::Shrunk { .. } => None,
-            StoreHealth::ReadOnly { reason } => Some(TierFault::ReadOnly(reason)),
-            StoreHealth::Off { reason } => Some(TierFault::Off(reason)),
-        };
         MoveReport {
             outcomes,
             pending,
             bytes: moved as u64 * store.block_bytes(),
-            fault,
+            fault: fault_of(store),
         }
+    }
+}
+
+/// What is wrong with G3 as a whole.
+pub(super) fn fault_of(store: &SlotStore) -> Option<TierFault> {
+    match store.health() {
+        StoreHealth::On | StoreHealth::Shrunk { .. } => None,
+        StoreHealth::ReadOnly { reason } => Some(TierFault::ReadOnly(reason)),
+        StoreHealth::Off { reason } => Some(TierFault::Off(reason)),
     }
 }
 

@@ -17,7 +17,7 @@ use super::{
     config::{TierConfig, TierConfigError},
     found::TierMatch,
     health::TierState,
-    local::{AttachError, LocalMover},
+    local::{AttachError, LocalMover, fault_of},
     moves::{MoveKind, MoveReport, MoveSpec, Mover},
     onboard::{OnboardId, Onboarded},
     stats::TierStats,
@@ -220,6 +220,11 @@ impl TierManager {
             remote,
         });
         let mut manager = Self::start_with(config, pools, block_bytes, mover)?;
+        if let Some(fault) = store.as_deref().and_then(fault_of) {
+            let mut books = manager.shared.books.lock();
+            books.tiers.fault(manager.shared.now(), Tier::Disk, fault);
+            books.log_state_changes();
+        }
         manager.local = Some(local);
         manager.store = store;
         Ok(manager)
@@ -543,12 +548,7 @@ impl Shared {
         if let Some(fault) = report.fault {
             books.tiers.fault(now, spec.kind.tier(), fault);
         }
-        for change in books.tiers.state_changes() {
-            match change.state {
-                TierState::On => tracing::info!(tier = ?change.tier, "tier works again"),
-                state => tracing::warn!(tier = ?change.tier, ?state, "tier changed its state"),
-            }
-        }
+        books.log_state_changes();
         let Some(pending) = report.pending else {
             return;
         };
@@ -599,6 +599,15 @@ impl Shared {
 }
 
 impl Books {
+    fn log_state_changes(&mut self) {
+        for change in self.tiers.state_changes() {
+            match change.state {
+                TierState::On => tracing::info!(tier = ?change.tier, "tier works again"),
+                state => tracing::warn!(tier = ?change.tier, ?state, "tier changed its state"),
+            }
+        }
+    }
+
     fn news(&mut self) -> News {
         let finished = self.tiers.finished();
         let ended = finished.into_iter().filter_map(|(id, onboarded)| {

@@ -28,7 +28,8 @@ pub(crate) fn facts(
     // What the folder will be on, if it is not there yet.
     let existing = folder.ancestors().find(|path| path.exists());
     let existing = existing.unwrap_or_else(|| Path::new("."));
-    let space = statvfs(existing).ok();
+    // File systems without a size of their own say 0.
+    let space = statvfs(existing).ok().filter(|space| space.f_blocks > 0);
     HostFacts {
         memory_available: memory_available(Path::new("/proc")),
         memory_limit_left: memory_limit_left(Path::new("/proc"), Path::new("/sys/fs/cgroup")),

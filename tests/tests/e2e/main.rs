@@ -12,6 +12,7 @@ mod modes;
 mod objects;
 mod peers;
 mod scale;
+mod store;
 mod tiers;
 mod up;
 

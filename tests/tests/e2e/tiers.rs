@@ -173,7 +173,7 @@ impl Scene {
 }
 
 /// The worker's file for G3.
-fn store_file(folder: &Path) -> Result<PathBuf> {
+pub(crate) fn store_file(folder: &Path) -> Result<PathBuf> {
     let mut files = std::fs::read_dir(folder)?
         .map(|entry| Ok(entry?.path()))
         .collect::<Result<Vec<_>>>()?;
