@@ -9,12 +9,12 @@ const NAME: &str = "blockplane-tiny";
 
 macro_rules! files {
     ($($name:literal),* $(,)?) => {
-        &[$(($name, include_bytes!(concat!("../../tests/fixtures/qwen3/", $name)).as_slice())),*]
+        &[$(($name, include_bytes!(concat!("../../models/blockplane-tiny/", $name)).as_slice())),*]
     };
 }
 
 const FILES: &[(&str, &[u8])] = files![
-    "chat_template.jinja",
+    "NOTICE",
     "config.json",
     "generation_config.json",
     "model.safetensors",

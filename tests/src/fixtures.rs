@@ -68,6 +68,12 @@ pub fn checkpoint(name: &str) -> Result<PathBuf> {
         })
 }
 
+/// The folder of the checkpoint that the binary carries.
+#[must_use]
+pub fn bundled() -> PathBuf {
+    repository().join("models/blockplane-tiny")
+}
+
 /// Seed of this run: `BLOCKPLANE_TEST_SEED`, or the time. Printed, so that a failure can be repeated.
 #[must_use]
 pub fn seed() -> u64 {

@@ -4,7 +4,9 @@ use serde_json::{Value, json};
 
 /// Tokens in the vocabulary of the generated checkpoints.
 pub const VOCABULARY: u64 = 512;
-/// Longest sequence of the generated checkpoints.
+/// Tokens in the vocabulary of the checkpoint that the binary carries.
+pub const BUNDLED_VOCABULARY: u64 = 4096;
+/// Longest sequence of the generated checkpoints, and of the bundled one.
 pub const CONTEXT: u64 = 4096;
 
 /// A `/v1/completions` body: greedy, exactly `max_tokens` tokens, each spelled out in the

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use blockplane_tests::{
     Client, ClusterBuilder, health, requests,
-    requests::{CONTEXT, VOCABULARY},
+    requests::{BUNDLED_VOCABULARY, CONTEXT},
     traffic::LIMIT,
 };
 use serde_json::{Value, json};
@@ -48,9 +48,9 @@ fn each_bad_request_gets_one_clear_error() -> Result<()> {
         (completions, with("prompt", json!(too_long)), 400, "4096"),
         (
             completions,
-            with("prompt", json!([1, VOCABULARY])),
+            with("prompt", json!([1, BUNDLED_VOCABULARY])),
             400,
-            "512",
+            "4096",
         ),
         (completions, with("prompt", json!([])), 400, "prompt"),
         (completions, with("prompt", Value::Null), 400, "prompt"),

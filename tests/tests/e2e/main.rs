@@ -14,6 +14,7 @@ mod peers;
 mod scale;
 mod store;
 mod tiers;
+mod tiny;
 mod up;
 
 /// What the stand-in for S3 asks of the crate that it is part of.
