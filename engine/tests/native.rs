@@ -173,8 +173,8 @@ async fn run(engine: &NativeEngine, request: GenerateRequest) -> (Vec<TokenOutpu
     loop {
         let frame = stream.next().await.expect("an end").expect("no error");
         tokens.extend(frame.tokens);
-        if let Some(usage) = frame.usage {
-            return (tokens, usage);
+        if frame.finish.is_some() {
+            return (tokens, frame.usage.expect("comes with the end"));
         }
     }
 }

@@ -116,7 +116,7 @@ pub struct TokenFrame {
     /// Set on the last frame.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub finish: Option<FinishReason>,
-    /// Set on the last frame.
+    /// Set on the last frame; with the first token too, for whoever does not read to the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
 }
