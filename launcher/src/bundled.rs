@@ -31,10 +31,8 @@ pub(crate) fn unpack(parent: &Path) -> anyhow::Result<PathBuf> {
         .with_context(|| format!("model directory {} cannot be made", dir.display()))?;
     for (name, bytes) in FILES {
         let path = dir.join(name);
-        if path
-            .metadata()
-            .is_ok_and(|file| file.len() == bytes.len() as u64)
-        {
+        // Another version of the binary may have left files of the same size there.
+        if std::fs::read(&path).is_ok_and(|there| there == *bytes) {
             continue;
         }
         let partial = dir.join(format!(".{name}.{}", std::process::id()));
@@ -43,4 +41,20 @@ pub(crate) fn unpack(parent: &Path) -> anyhow::Result<PathBuf> {
             .with_context(|| format!("bundled model file {} cannot be written", path.display()))?;
     }
     Ok(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_of_another_version_are_replaced() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = unpack(parent.path()).unwrap();
+        let (name, bytes) = FILES[0];
+        let path = dir.join(name);
+        std::fs::write(&path, vec![b'x'; bytes.len()]).unwrap();
+        assert_eq!(unpack(parent.path()).unwrap(), dir);
+        assert_eq!(std::fs::read(&path).unwrap(), bytes);
+    }
 }
