@@ -28,7 +28,7 @@ pub(crate) enum UpMode {
 #[derive(Clone, Debug, Args)]
 pub(crate) struct UpArgs {
     /// Checkpoint directory in Hugging Face form, or the id of a model on the Hugging Face hub; the
-    /// small bundled model when absent.
+    /// small model inside the binary when absent.
     #[arg(help_heading = "Model", long, value_name = "DIR|ID")]
     pub(crate) model: Option<PathBuf>,
     /// Name in the OpenAI API; the id, or the directory's name, when absent.
