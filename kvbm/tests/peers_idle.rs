@@ -3,8 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 #![expect(clippy::disallowed_methods, reason = "nothing happens meanwhile")]
 
+mod idle;
+
 use std::{
-    fs,
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -15,6 +16,7 @@ use blockplane_kvbm::{
 };
 use blockplane_protocol::{DType, KvLayout};
 use blockplane_transfer::{Agent, AgentConfig};
+use idle::switches;
 
 fn tier(name: &str) -> (Arc<PeerTier>, Agent) {
     let agent = Agent::new(AgentConfig::new(name)).unwrap();
@@ -36,10 +38,14 @@ fn tier(name: &str) -> (Arc<PeerTier>, Agent) {
 fn idle_threads_sleep_until_something_happens() {
     let (one, agent) = tier("one");
     thread::sleep(Duration::from_millis(100));
-    let before = switches();
+    let before = switches("kvbm-peers");
     assert_eq!(before.0, 3);
     thread::sleep(Duration::from_millis(500));
-    assert_eq!(switches(), before, "without peers nothing is looked at");
+    assert_eq!(
+        switches("kvbm-peers"),
+        before,
+        "without peers nothing is looked at"
+    );
 
     let (other, its) = tier("other");
     one.add_peer(&its.metadata()).unwrap();
@@ -48,10 +54,10 @@ fn idle_threads_sleep_until_something_happens() {
         thread::sleep(Duration::from_millis(5));
     }
     thread::sleep(Duration::from_millis(700));
-    let before = switches();
+    let before = switches("kvbm-peers");
     assert_eq!(before.0, 6);
     thread::sleep(Duration::from_secs(1));
-    assert_eq!(switches(), before, "with peers neither");
+    assert_eq!(switches("kvbm-peers"), before, "with peers neither");
 
     drop(other);
     drop(its);
@@ -60,20 +66,4 @@ fn idle_threads_sleep_until_something_happens() {
         assert!(Instant::now() < until, "the loss goes unnoticed");
         thread::sleep(Duration::from_millis(5));
     }
-}
-
-/// Threads of the tiers, and how often they slept so far.
-fn switches() -> (usize, u64) {
-    let (mut threads, mut sum) = (0, 0);
-    for task in fs::read_dir("/proc/self/task").unwrap().flatten() {
-        let name = fs::read_to_string(task.path().join("comm")).unwrap_or_default();
-        if name.starts_with("kvbm-peers") {
-            let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
-            let key = "voluntary_ctxt_switches:";
-            let count = status.lines().find_map(|line| line.strip_prefix(key));
-            sum += count.unwrap().trim().parse::<u64>().unwrap();
-            threads += 1;
-        }
-    }
-    (threads, sum)
 }

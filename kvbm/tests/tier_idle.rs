@@ -3,12 +3,15 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 #![expect(clippy::disallowed_methods, reason = "nothing happens meanwhile")]
 
-use std::{fs, sync::Arc, thread, time::Duration};
+mod idle;
+
+use std::{sync::Arc, thread, time::Duration};
 
 use blockplane_kvbm::{
     BlockPool, MoveReport, MoveSpec, Mover, PoolConfig, TierConfig, TierManager, TierPools,
 };
 use blockplane_protocol::{DpRank, SaltHash, TokenSequence};
+use idle::switches;
 
 struct Null;
 
@@ -38,24 +41,8 @@ fn idle_threads_do_not_wake_up() {
     tiers.offload(prompt.blocks(), None);
     assert!(manager.flush(Duration::from_secs(20)));
     thread::sleep(Duration::from_millis(100));
-    let (threads, before) = switches();
+    let (threads, before) = switches("kvbm-");
     assert_eq!(threads, 5);
     thread::sleep(Duration::from_millis(500));
-    assert_eq!(switches(), (threads, before));
-}
-
-/// Threads of the manager, and how often they slept so far.
-fn switches() -> (usize, u64) {
-    let (mut threads, mut sum) = (0, 0);
-    for task in fs::read_dir("/proc/self/task").unwrap().flatten() {
-        let name = fs::read_to_string(task.path().join("comm")).unwrap_or_default();
-        if name.starts_with("kvbm-") {
-            let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
-            let key = "voluntary_ctxt_switches:";
-            let count = status.lines().find_map(|line| line.strip_prefix(key));
-            sum += count.unwrap().trim().parse::<u64>().unwrap();
-            threads += 1;
-        }
-    }
-    (threads, sum)
+    assert_eq!(switches("kvbm-"), (threads, before));
 }
