@@ -250,7 +250,7 @@ def test_tokens_and_terms(hub, variables, tmp_path):
     hub.gated = False
     (tmp_path / "logged").mkdir()
     (tmp_path / "logged/token").write_text("secret\n")
-    assert fetch(variables | {"HF_HOME": str(tmp_path / "logged")}).returncode == 0
+    assert fetch(variables | {"HF_HOME": str(tmp_path / "logged"), "HF_TOKEN": ""}).returncode == 0
 
 
 def test_names_that_are_no_models(variables):

@@ -51,9 +51,11 @@ impl Hub {
             .hf_hub_cache
             .clone()
             .unwrap_or_else(|| home.join("hub"));
-        let token = args.hf_token.clone().or_else(|| {
+        // A variable that is set to nothing says nothing.
+        let some = |token: &str| Some(token.trim().to_owned()).filter(|token| !token.is_empty());
+        let token = args.hf_token.as_deref().and_then(some).or_else(|| {
             let token = fs::read_to_string(home.join("token")).ok()?;
-            Some(token.trim().to_owned()).filter(|token| !token.is_empty())
+            some(&token)
         });
         let endpoint = args.hf_endpoint.trim_end_matches('/').to_owned();
         let cache = Cache::new(dir);
