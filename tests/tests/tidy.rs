@@ -28,6 +28,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "protocol", "transfer", "kvbm", "router", "runtime", "engine", "frontend", "bench",
         ],
     ),
+    ("python", &["protocol", "transfer", "kvbm"]),
     // A leaf: it may look at anything, and nothing may look at it.
     (
         "tests",

@@ -1,0 +1,3 @@
+"""Types of the compiled half."""
+
+__version__: str

@@ -1,0 +1,1 @@
+"""NIXL's Python interface on blockplane."""
