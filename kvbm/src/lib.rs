@@ -15,7 +15,8 @@
 //! what is moved between them and when, without I/O, threads or clock; a [`Mover`]
 //! moves the bytes through `blockplane-transfer`; [`admit`] says what is worth a write to disk.
 //! Everything below G1 is a cache: what cannot be read in time is computed again. Changes on all
-//! tiers of a rank are one numbered stream ([`EventHub`]). Models whose layers attend differently
+//! tiers of a rank are one numbered stream ([`EventHub`]); what an engine outside of this process holds
+//! is told by an [`EventWriter`]. Models whose layers attend differently
 //! have a pool for each kind ([`groups`]).
 //!
 //! A block's life is a typestate, so that a wrong order does not compile:
@@ -94,7 +95,8 @@ pub use block::{
     CompleteBlock, HeldBlocks, ImmutableBlock, LeasedBlocks, MutableBlock, Quarantine,
 };
 pub use events::{
-    Consolidation, EventFeed, EventHub, EventSubscription, JoinError, KvBatch, KvSnapshot,
+    Consolidation, EventFeed, EventHub, EventSubscription, EventWriter, JoinError, KvBatch,
+    KvSnapshot,
 };
 pub use evict::{EvictionKind, EvictionPolicy, Lineage, Lru, MultiLru, S3Fifo};
 #[cfg(not(loom))]

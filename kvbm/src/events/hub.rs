@@ -13,7 +13,7 @@ use std::{
 use blockplane_protocol::{DpRank, KvEvent, SequenceHash, SnapshotBlock, StoredBlock, Tier};
 use thiserror::Error;
 
-use super::{EventFeed, KvSnapshot, present::Present, ring::Ring};
+use super::{EventFeed, KvSnapshot, present::Present, ring::Ring, writer::Told};
 use crate::{
     pool::{Shared, lock_all},
     sync::{Condvar, Mutex, wait_until},
@@ -74,6 +74,8 @@ struct State {
     sources: Vec<Source>,
     /// Who holds what; only where two pools may hold the same.
     present: Option<Present>,
+    /// What a writer told; empty where pools are the sources.
+    told: Told,
     /// At most one per subscription.
     wakers: Vec<(SubscriberId, Waker)>,
     closed: bool,
@@ -131,12 +133,34 @@ impl EventHub {
                 ring: Ring::new(events_max),
                 sources: Vec::new(),
                 present: None,
+                told: Told::default(),
                 wakers: Vec::new(),
                 closed: false,
             }),
             arrived: Condvar::new(),
             subscribers: AtomicU64::new(0),
         })
+    }
+
+    /// A hub whose only source is the [`EventWriter`](super::EventWriter) that made it.
+    pub(super) fn told(rank: DpRank, events_max: usize) -> Arc<Self> {
+        Self::new(rank, events_max, Consolidation::Passthrough)
+    }
+
+    /// A writer's change: of what is told, and the events that say so.
+    pub(super) fn tell(&self, change: impl FnOnce(&mut Ring, &mut Told)) {
+        let mut state = self.state.lock();
+        let State { ring, told, .. } = &mut *state;
+        change(ring, told);
+        let wakeups = state.take_wakers();
+        drop(state);
+        self.arrived.notify_all();
+        wakeups.fire();
+    }
+
+    /// What a writer told.
+    pub(super) fn with_told<R>(&self, look: impl FnOnce(&Told) -> R) -> R {
+        look(&self.state.lock().told)
     }
 
     /// A hub that tells nothing and has ended.
@@ -217,7 +241,7 @@ impl EventHub {
     /// What the pools hold now, and the event it is the state after; `None` when one of them is
     /// gone.
     pub(super) fn snapshot(&self) -> Option<KvSnapshot> {
-        let (last_event_id, held, present) = loop {
+        let (last_event_id, held, present, told) = loop {
             let members = self.members()?;
             let books = lock_all(&members);
             let state = self.state.lock();
@@ -231,10 +255,11 @@ impl EventHub {
                     held
                 })
                 .collect();
-            break (state.ring.last_id(), held, state.present.clone());
+            let (present, told) = (state.present.clone(), state.told.clone());
+            break (state.ring.last_id(), held, present, told);
         };
         // Only copies are made while all wait; what is looked up is looked up here.
-        let blocks = match present {
+        let mut blocks: Vec<SnapshotBlock> = match present {
             None => held.concat(),
             Some(present) => (0..)
                 .zip(held)
@@ -245,6 +270,7 @@ impl EventHub {
                 })
                 .collect(),
         };
+        blocks.extend(told.published());
         Some(KvSnapshot::sorted(last_event_id, &blocks))
     }
 

@@ -2,7 +2,7 @@
 //!
 //! A pool tells its changes to one or more [`EventHub`]s: to one of its own, or to those that it
 //! joined. The hub of a rank has all tiers in which the rank finds blocks, some of which other ranks
-//! share.
+//! share. Blocks that an engine outside of this process holds are told by an [`EventWriter`].
 //!
 //! Every event has a number, one higher than the one before. A subscriber says which number it saw
 //! last; it gets what came after, or, when that is no longer kept, a snapshot of everything and
@@ -13,6 +13,7 @@ mod hub;
 mod present;
 mod ring;
 mod snapshot;
+mod writer;
 
 use std::{
     fmt,
@@ -27,6 +28,7 @@ pub(crate) use hub::{Change, Membership, Wakeups};
 pub use hub::{Consolidation, EventHub, HUB_POOLS_MAX, JoinError};
 use hub::{SubscriberId, Take};
 pub use snapshot::KvSnapshot;
+pub use writer::EventWriter;
 
 /// Source of the events of one hub. Cheap to clone.
 #[derive(Clone)]
@@ -76,7 +78,8 @@ impl EventFeed {
 }
 
 impl EventSubscription {
-    /// The next batch, or `None` when a pool is gone and everything was delivered.
+    /// The next batch, or `None` when a pool or the writer is gone and everything was
+    /// delivered.
     ///
     /// Cancel safe, and not tied to an async runtime.
     pub async fn next(&mut self) -> Option<KvBatch> {
