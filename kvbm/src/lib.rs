@@ -65,6 +65,8 @@ pub mod block;
 pub mod events;
 pub mod evict;
 #[cfg(not(loom))]
+pub mod external;
+#[cfg(not(loom))]
 pub mod fingerprint;
 #[cfg(not(loom))]
 pub mod groups;
@@ -99,6 +101,8 @@ pub use events::{
     KvSnapshot,
 };
 pub use evict::{EvictionKind, EvictionPolicy, Lineage, Lru, MultiLru, S3Fifo};
+#[cfg(not(loom))]
+pub use external::{ExternalConfig, ExternalRank, LookupClient, LookupRequest, LookupServer};
 #[cfg(not(loom))]
 pub use fingerprint::Fingerprint;
 pub use pool::{BlockPool, PoolActivity, PoolBuilder, PoolConfig, PoolExhausted, PoolStats};

@@ -14,7 +14,8 @@ use blockplane_kvbm::{
     AdmissionKind, BlockPool, ImmutableBlock, MutableBlock, PoolConfig, WriteBudgetConfig,
     tier::{
         BlockOutcome, DiskConfig, Invalid, MoveKind, MoveSpec, MovedBlock, OnboardId, QueueConfig,
-        RemoteConfig, RemoteIndex, TierConfig, TierFault, TierMatch, TierPools, Tiers,
+        RemoteConfig, RemoteIndex, SaveId, TierConfig, TierFault, TierMatch, TierPools, TierState,
+        Tiers,
     },
 };
 use blockplane_protocol::{BlockHash, BlockId, DpRank, SaltHash, SequenceHash, Tier, TokenBlock};
@@ -23,6 +24,8 @@ use proptest::{collection::vec, prelude::*};
 
 const BLOCK_BYTES: u64 = 100;
 const GARBAGE: u64 = 0xdead;
+/// The tiers know nothing of its pool.
+const EXTERNAL: DpRank = DpRank(2);
 
 #[derive(Clone, Debug)]
 struct Shape {
@@ -50,6 +53,18 @@ enum Op {
     Find {
         rank: u16,
         path: Vec<u8>,
+    },
+    /// The rank whose books its engine keeps: it computes blocks and has them saved.
+    Save {
+        path: Vec<u8>,
+        /// So many leading ones it saved before.
+        before: usize,
+        priority: Option<u32>,
+    },
+    /// The same rank asks for what comes after the leading blocks that it has.
+    FindAfter {
+        path: Vec<u8>,
+        before: usize,
     },
     Onboard {
         found: usize,
@@ -95,6 +110,9 @@ fn op() -> impl Strategy<Value = Op> {
         6 => (0..2u16, path(), proptest::option::of(0..60u32))
             .prop_map(|(rank, path, priority)| Op::Compute { rank, path, priority }),
         5 => (0..2u16, path()).prop_map(|(rank, path)| Op::Find { rank, path }),
+        5 => (path(), 0..3usize, proptest::option::of(0..60u32))
+            .prop_map(|(path, before, priority)| Op::Save { path, before, priority }),
+        4 => (path(), 0..3usize).prop_map(|(path, before)| Op::FindAfter { path, before }),
         5 => (pick(), prop_oneof![Just(0u64), 1..3000u64])
             .prop_map(|(found, millis)| Op::Onboard { found, millis }),
         2 => pick().prop_map(Op::DropMatch),
@@ -186,6 +204,7 @@ struct Loading {
     rank: usize,
     names: Vec<(SequenceHash, Tier)>,
     chain: Vec<TokenBlock>,
+    parent: Option<SequenceHash>,
     targets: Vec<MutableBlock>,
 }
 
@@ -193,13 +212,17 @@ struct Found {
     found: TierMatch,
     rank: usize,
     chain: Vec<TokenBlock>,
+    parent: Option<SequenceHash>,
     held: Vec<(Tier, SequenceHash)>,
 }
 
 struct World {
     tiers: Tiers,
     config: TierConfig,
+    /// The last one is of a rank that keeps its books itself.
     device: Vec<BlockPool>,
+    /// What that rank holds until it is saved.
+    saving: BTreeMap<SaveId, Vec<ImmutableBlock>>,
     host: BlockPool,
     disk: Option<BlockPool>,
     remote: Option<Arc<Objects>>,
@@ -262,13 +285,15 @@ impl World {
         };
         let mut tiers = Tiers::new(&config, pools, BLOCK_BYTES).unwrap();
         let pool = || BlockPool::accounting(shape.device, PoolConfig::default());
-        let device = vec![pool(), pool()];
-        for (rank, pool) in (0..).zip(&device) {
+        let device = vec![pool(), pool(), pool()];
+        for (rank, pool) in (0..).zip(&device[..2]) {
             tiers.attach(DpRank(rank), pool.clone());
         }
+        tiers.attach(EXTERNAL, pool());
         Self {
             tiers,
-            g1: vec![vec![GARBAGE; shape.device as usize]; 2],
+            saving: BTreeMap::new(),
+            g1: vec![vec![GARBAGE; shape.device as usize]; 3],
             g2: vec![GARBAGE; config.host_memory_blocks() as usize],
             g3: vec![GARBAGE; shape.disk as usize],
             config,
@@ -294,6 +319,12 @@ impl World {
                 priority,
             } => self.compute(*rank, &names(path), *priority),
             Op::Find { rank, path } => self.find(*rank, names(path)),
+            Op::Save {
+                path,
+                before,
+                priority,
+            } => self.save(&names(path), *before, *priority),
+            Op::FindAfter { path, before } => self.find_after(&names(path), *before),
             Op::Onboard { found, millis } => {
                 if let Some(found) = take(&mut self.found, *found) {
                     self.onboard(found, Duration::from_millis(*millis));
@@ -374,23 +405,72 @@ impl World {
         let got: Vec<_> = found.blocks().collect();
         let held = got.iter().map(|(name, tier)| (*tier, *name)).collect();
         let states = self.tiers.stats().states;
-        if [states.disk, states.remote].iter().all(|state| {
-            use blockplane_kvbm::tier::TierState as S;
-            matches!(state, S::On | S::Shrunk { .. })
-        }) {
+        if [states.disk, states.remote].iter().all(works) {
             assert_eq!(got, expected);
         }
         self.found.push(Found {
             found,
             rank: rank.into(),
             chain,
+            parent: None,
+            held,
+        });
+    }
+
+    fn save(&mut self, chain: &[TokenBlock], before: usize, priority: Option<u32>) {
+        let at = usize::from(u16::try_from(EXTERNAL.0).unwrap());
+        let before = before.min(chain.len() - 1);
+        let parents = std::iter::once(None).chain(chain.iter().map(|name| Some(name.sequence)));
+        let chain: Vec<_> = chain.iter().zip(parents).skip(before).collect();
+        let Ok(fresh) = self.device[at].allocate(chain.len()) else {
+            return;
+        };
+        let mut blocks = Vec::new();
+        let mut saved = Vec::new();
+        for (block, (name, parent)) in fresh.into_iter().zip(&chain) {
+            self.g1[at][block.id().index()] = name.sequence.0;
+            saved.push((**name, block.id()));
+            blocks.push(block.complete(**name, *parent));
+        }
+        // An engine that has a block of this name already frees this one when it is saved.
+        let held = BlockPool::register(blocks);
+        let saved: Vec<_> = saved
+            .iter()
+            .zip(&held)
+            .map(|((name, _), block)| (*name, block.id()))
+            .collect();
+        let id = self
+            .tiers
+            .save(self.now, EXTERNAL, chain[0].1, &saved, priority);
+        self.saving.insert(id, held);
+    }
+
+    fn find_after(&mut self, chain: &[TokenBlock], before: usize) {
+        let before = before.min(chain.len() - 1);
+        let parent = before.checked_sub(1).map(|at| chain[at].sequence);
+        let chain = chain[before..].to_vec();
+        let expected = self.naive_find(2, &chain);
+        let found = self.tiers.find_after(self.now, EXTERNAL, parent, &chain);
+        let got: Vec<_> = found.blocks().collect();
+        assert!(got.iter().all(|(_, tier)| *tier != Tier::Device));
+        let held = got.iter().map(|(name, tier)| (*tier, *name)).collect();
+        let states = self.tiers.stats().states;
+        if [states.disk, states.remote].iter().all(works) {
+            assert_eq!(got, expected);
+        }
+        self.found.push(Found {
+            found,
+            rank: 2,
+            chain,
+            parent,
             held,
         });
     }
 
     fn naive_find(&self, rank: u16, chain: &[TokenBlock]) -> Vec<(SequenceHash, Tier)> {
         let tier = |name: SequenceHash| {
-            if self.device[usize::from(rank)].contains(name) {
+            let own = DpRank(rank.into()) != EXTERNAL;
+            if own && self.device[usize::from(rank)].contains(name) {
                 Some(Tier::Device)
             } else if self.host.contains(name) {
                 Some(Tier::Host)
@@ -416,6 +496,7 @@ impl World {
             rank: found.rank,
             names: found.found.blocks().collect(),
             chain: found.chain,
+            parent: found.parent,
             targets,
         };
         let rank = found.found.rank();
@@ -521,8 +602,22 @@ impl World {
         self.tiers.quiet(self.now, spec.id);
     }
 
-    /// Takes the ends of onboards: what is loaded is used, the rest given back.
+    /// Takes the ends of saves and onboards: what is loaded is used, the rest given back.
     fn ended(&mut self) {
+        for (id, end) in self.tiers.saved() {
+            let held = self.saving.remove(&id).expect("it ends once");
+            assert_eq!(end.copied + end.present + end.dropped, held.len());
+            for block in held {
+                // From now on its owner does with it what it likes.
+                self.device[2].forget(block.hash());
+                let id = block.id();
+                drop(block);
+                let mut others = self.saving.values().flatten();
+                if others.all(|other| other.id() != id) {
+                    self.g1[2][id.index()] = GARBAGE;
+                }
+            }
+        }
         for (id, end) in self.tiers.finished() {
             let loading = self.loading.remove(&id).expect("it ends once");
             assert_eq!(end.reason.is_none(), end.loaded == loading.names.len());
@@ -532,7 +627,7 @@ impl World {
             let loaded = loading.names[..end.loaded].iter().filter(lower).count();
             assert_eq!(end.not_loaded, ids[loaded..]);
             let mut targets = loading.targets.into_iter();
-            let mut parent = None;
+            let mut parent = loading.parent;
             for ((name, tier), block) in loading.names.iter().zip(&loading.chain).take(end.loaded) {
                 if *tier != Tier::Device {
                     let target = targets.next().unwrap();
@@ -549,7 +644,8 @@ impl World {
         let stats = self.tiers.stats();
         let queues = &self.config.queues;
         let max = queues.offload_blocks_max as usize;
-        assert!(stats.offload_queue_blocks <= max);
+        // Offloads and saves have a queue each.
+        assert!(stats.offload_queue_blocks <= 2 * max);
         assert!(stats.disk_queue_blocks <= max && stats.remote_queue_blocks <= max);
         assert!(stats.onboards <= queues.onboard_requests_max as usize);
         for found in &self.found {
@@ -596,7 +692,7 @@ impl World {
         }
         self.ended();
         assert!(self.tiers.idle(), "{:?}", self.tiers.stats());
-        assert!(self.loading.is_empty());
+        assert!(self.loading.is_empty() && self.saving.is_empty());
         for pool in self.device.iter().chain([&self.host]) {
             let stats = pool.stats();
             assert_eq!(stats.free + stats.cached, stats.total, "{stats:?}");
@@ -608,6 +704,10 @@ impl World {
             assert_eq!((stats.active, stats.quarantined), (aside, 0), "{stats:?}");
         }
     }
+}
+
+fn works(state: &TierState) -> bool {
+    matches!(state, TierState::On | TierState::Shrunk { .. })
 }
 
 fn check_contents(pool: &BlockPool, contents: &[u64], name: TokenBlock, except: &BTreeSet<u32>) {

@@ -30,6 +30,15 @@ pub(super) enum Job {
         sources: HeldBlocks,
         targets: LeasedBlocks,
     },
+    /// From blocks that another engine holds.
+    Save {
+        save: u64,
+        rank: usize,
+        priority: u32,
+        /// The name of each, and that of its parent.
+        names: Vec<(TokenBlock, Option<SequenceHash>)>,
+        targets: LeasedBlocks,
+    },
     /// Into targets that the onboard's owner holds.
     Load {
         onboard: u64,
@@ -66,6 +75,7 @@ pub(super) struct Parked {
     pub(super) tier: Tier,
     rank: Option<usize>,
     load: Option<(u64, Vec<u32>)>,
+    save: Option<(u64, usize)>,
     sources: Option<HeldBlocks>,
     bounces: Vec<Source>,
     targets: Option<Quarantine>,
@@ -95,6 +105,7 @@ impl Tiers {
             tier,
             rank: None,
             load: None,
+            save: None,
             sources: None,
             bounces: Vec::new(),
             targets: None,
@@ -113,6 +124,25 @@ impl Tiers {
                 } else {
                     parked.rank = Some(rank);
                     parked.sources = Some(sources);
+                    parked.targets = Some(self.host.quarantine(rest.into_each()));
+                }
+            }
+            Job::Save {
+                save,
+                rank,
+                priority,
+                names,
+                targets,
+            } => {
+                let rest = self.save_landed(now, rank, priority, &names, targets, outcomes);
+                let moved = names.len() - rest.len();
+                self.dropped(Dropped::Failed, rest.len());
+                self.saves.landed(save, moved, rest.len());
+                if quiet {
+                    drop(rest);
+                    self.saves.quiet(save, names.len());
+                } else {
+                    parked.save = Some((save, names.len()));
                     parked.targets = Some(self.host.quarantine(rest.into_each()));
                 }
             }
@@ -239,6 +269,9 @@ impl Tiers {
         if let Some(rank) = parked.rank {
             self.ranks[rank].held -= parked.sources.as_ref().map_or(0, HeldBlocks::len);
         }
+        if let Some((save, blocks)) = parked.save {
+            self.saves.quiet(save, blocks);
+        }
         if let Some((onboard, at)) = parked.load {
             drop(parked.bounces);
             self.copies_ended(now, onboard, at.len());
@@ -303,7 +336,9 @@ impl Job {
         let has = |blocks: &HeldBlocks| blocks.names().any(|block| block.sequence == name);
         match self {
             Self::Offload { sources, .. } | Self::Write { sources, .. } => has(sources),
-            Self::Read { names, .. } => names.iter().any(|(block, _)| block.sequence == name),
+            Self::Read { names, .. } | Self::Save { names, .. } => {
+                names.iter().any(|(block, _)| block.sequence == name)
+            }
             Self::Load { .. } => false,
         }
     }

@@ -19,12 +19,15 @@ pub struct PerTier<T> {
     pub remote: T,
 }
 
-/// The longest run of blocks, from the first of a sequence, that lie in any tier. Every block is
+/// The longest run of blocks, from the first of a sequence (or from a given one) on, that lie in any
+/// tier. Every block is
 /// held where it is (but for G4, which holds nothing): none is evicted before this is dropped or
 /// onboarded.
 #[must_use = "dropping the match makes its blocks evictable"]
 pub struct TierMatch {
     rank: DpRank,
+    /// Name of the block before the first one, for a run that does not begin a sequence.
+    parent: Option<SequenceHash>,
     blocks: Vec<Found>,
     count: PerTier<u32>,
 }
@@ -47,9 +50,10 @@ pub(super) enum Place {
 }
 
 impl TierMatch {
-    pub(super) fn new(rank: DpRank, blocks: usize) -> Self {
+    pub(super) fn new(rank: DpRank, parent: Option<SequenceHash>, blocks: usize) -> Self {
         Self {
             rank,
+            parent,
             blocks: Vec::with_capacity(blocks),
             count: PerTier::default(),
         }
@@ -76,6 +80,10 @@ impl TierMatch {
     #[must_use]
     pub const fn rank(&self) -> DpRank {
         self.rank
+    }
+
+    pub(super) const fn parent(&self) -> Option<SequenceHash> {
+        self.parent
     }
 
     /// Blocks found.

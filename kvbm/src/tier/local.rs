@@ -8,8 +8,8 @@ use std::{
 
 use blockplane_protocol::DpRank;
 use blockplane_transfer::{
-    Agent, BlockLayout, ConnectError, LocalBlocks, Op, Peer, PostOptions, RegionId, RemoteBlocks,
-    TransferError, Window, WindowAccess, WindowError, WindowScope,
+    Agent, BlockIds, BlockLayout, ConnectError, LocalBlocks, Op, Peer, PostOptions, Registration,
+    RemoteBlocks, TransferError, Window, WindowAccess, WindowError, WindowScope,
 };
 use parking_lot::RwLock;
 use thiserror::Error;
@@ -40,11 +40,34 @@ pub struct LocalMover {
 struct RankMemory {
     rank: DpRank,
     peer: Peer,
-    region: RegionId,
-    layout: BlockLayout,
+    segments: Vec<Segment>,
+}
+
+/// One region of a G1, and the part of each block of G2 that it holds.
+struct Segment {
+    device: BlockLayout,
+    host: BlockLayout,
     window: Window,
     /// Its memory stays while it is reached.
-    _arena: Arc<KvArena>,
+    region: Registration,
+}
+
+/// The memory of a G1 whose books another engine keeps. A block lies in pieces, which follow each
+/// other in a block below G1: segment by segment, and in each layer by layer.
+#[derive(Clone, Debug)]
+pub struct ExternalMemory {
+    /// The regions, at least one.
+    pub segments: Vec<ExternalSegment>,
+}
+
+/// A region that holds the same part of each block.
+#[derive(Clone, Debug)]
+pub struct ExternalSegment {
+    /// Registered with the agent of the rank.
+    pub registration: Registration,
+    /// Where the parts lie in it. What counts as a layer need not be one of the model: a layer whose
+    /// keys and values lie apart is two.
+    pub layout: BlockLayout,
 }
 
 /// Why the G1 of a rank cannot be used.
@@ -65,6 +88,14 @@ pub enum AttachError {
     NoArena {
         /// The rank.
         rank: u32,
+    },
+    /// The regions do not make up blocks of G2.
+    #[error("the memory of rank {rank}: {reason}")]
+    Memory {
+        /// The rank.
+        rank: u32,
+        /// What does not fit.
+        reason: String,
     },
     /// Its agent does not open the memory.
     #[error("a window over the G1 of rank {rank}: {source}")]
@@ -114,16 +145,73 @@ impl LocalMover {
                 expected: format!("{:?}", self.host.layout()),
             });
         }
-        let window = agent
-            .open_window(
-                arena.registration(),
-                WindowScope::Region,
-                WindowAccess::ReadWrite,
-            )
-            .map_err(|source| AttachError::Window {
+        let parts = [(
+            arena.registration(),
+            arena.transfer_layout(),
+            self.host.transfer_layout(),
+        )];
+        self.attach_parts(rank, agent, &parts)
+    }
+
+    /// The same for a G1 whose books another engine keeps.
+    ///
+    /// # Errors
+    /// The parts of a block do not add up to one of G2, or its agent is not reached.
+    pub fn attach_external(
+        &self,
+        rank: DpRank,
+        agent: &Agent,
+        memory: &ExternalMemory,
+    ) -> Result<(), AttachError> {
+        memory.blocks(rank)?;
+        let whole = self.host.transfer_layout();
+        let mut parts = Vec::with_capacity(memory.segments.len());
+        let mut at = 0;
+        for segment in &memory.segments {
+            let device = segment.layout;
+            parts.push((
+                &segment.registration,
+                device,
+                BlockLayout {
+                    offset: whole.offset.saturating_add(at),
+                    layers: device.layers,
+                    layer_stride: device.run_bytes,
+                    run_bytes: device.run_bytes,
+                    ..whole
+                },
+            ));
+            at = at.saturating_add(device.run_bytes.saturating_mul(device.layers.into()));
+        }
+        let expected = self.host.layout().block_bytes() as u64;
+        if at != expected || whole.layer_stride != whole.run_bytes {
+            return Err(AttachError::Memory {
                 rank: rank.0,
-                source,
-            })?;
+                reason: format!("its blocks have {at} bytes, those of G2 {expected} in one piece"),
+            });
+        }
+        self.attach_parts(rank, agent, &parts)
+    }
+
+    /// Reaches each region through a window of its own.
+    fn attach_parts(
+        &self,
+        rank: DpRank,
+        agent: &Agent,
+        parts: &[(&Registration, BlockLayout, BlockLayout)],
+    ) -> Result<(), AttachError> {
+        let mut segments = Vec::with_capacity(parts.len());
+        for &(region, device, host) in parts {
+            let window = agent.open_window(region, WindowScope::Region, WindowAccess::ReadWrite);
+            segments.push(Segment {
+                device,
+                host,
+                window: window.map_err(|source| AttachError::Window {
+                    rank: rank.0,
+                    source,
+                })?,
+                region: region.clone(),
+            });
+        }
         let peer = self
             .agent
             .connect(&agent.metadata(), CONNECT)
@@ -134,10 +222,7 @@ impl LocalMover {
         let memory = Arc::new(RankMemory {
             rank,
             peer,
-            region: arena.registration().id(),
-            layout: arena.transfer_layout(),
-            window,
-            _arena: Arc::clone(arena),
+            segments,
         });
         let mut ranks = self.ranks.write();
         ranks.retain(|known| known.rank != rank);
@@ -163,46 +248,69 @@ impl LocalMover {
             Op::Read => (to().collect(), from().collect()),
             Op::Write => (from().collect(), to().collect()),
         };
-        let layers = 0..rank.layout.layers;
-        let local = LocalBlocks {
-            registration: self.host.registration(),
-            layout: self.host.transfer_layout(),
-            ids: host.into(),
-            layers: layers.clone(),
-        };
-        let remote = RemoteBlocks {
-            peer: &rank.peer,
-            region: rank.region,
-            layout: rank.layout,
-            ids: device.into(),
-            layers,
-            window: Some(rank.window.id()),
-        };
-        let prepared = match self.agent.prepare(op, local, remote) {
-            Ok(prepared) => prepared,
-            Err(error) => return MoveReport::failed(count, &error.to_string()),
-        };
-        let transfer = match prepared.post(PostOptions::within(spec.time)) {
-            Ok(transfer) => transfer,
-            Err(error) => return MoveReport::failed(count, &error.to_string()),
-        };
-        match transfer.wait(spec.time.saturating_add(CALL_OFF)) {
-            Ok(()) => MoveReport::moved(
-                count,
-                count as u64 * self.host.layout().block_bytes() as u64,
-            ),
-            Err(error) => {
-                let mut report = MoveReport::failed(count, &error.to_string());
-                if matches!(error, TransferError::StillInFlight { .. }) {
-                    // The rank's memory stays until then as well.
-                    report.pending = Some(Pending::new(move || {
-                        transfer.cancel();
-                        drop(rank);
-                    }));
+        let (host, device) = (BlockIds::from(host), BlockIds::from(device));
+        let mut transfers = Vec::with_capacity(rank.segments.len());
+        let mut failed = None;
+        for segment in &rank.segments {
+            let layers = 0..segment.device.layers;
+            let local = LocalBlocks {
+                registration: self.host.registration(),
+                layout: segment.host,
+                ids: host.clone(),
+                layers: layers.clone(),
+            };
+            let remote = RemoteBlocks {
+                peer: &rank.peer,
+                region: segment.region.id(),
+                layout: segment.device,
+                ids: device.clone(),
+                layers,
+                window: Some(segment.window.id()),
+            };
+            let posted = self.agent.prepare(op, local, remote).map_or_else(
+                |error| Err(error.to_string()),
+                |prepared| {
+                    let posted = prepared.post(PostOptions::within(spec.time));
+                    posted.map_err(|error| error.to_string())
+                },
+            );
+            match posted {
+                Ok(transfer) => transfers.push(transfer),
+                Err(error) => {
+                    failed = Some(error);
+                    break;
                 }
-                report
             }
         }
+        let until = Instant::now() + spec.time.saturating_add(CALL_OFF);
+        let mut open = Vec::new();
+        for transfer in transfers {
+            if failed.is_some() {
+                transfer.request_cancel();
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if let Err(error) = transfer.wait(left) {
+                failed.get_or_insert_with(|| error.to_string());
+                if matches!(error, TransferError::StillInFlight { .. }) {
+                    open.push(transfer);
+                }
+            }
+        }
+        let Some(error) = failed else {
+            let bytes = self.host.layout().block_bytes() as u64;
+            return MoveReport::moved(count, count as u64 * bytes);
+        };
+        let mut report = MoveReport::failed(count, &error);
+        if !open.is_empty() {
+            // The rank's memory stays until then as well.
+            report.pending = Some(Pending::new(move || {
+                for transfer in open {
+                    transfer.cancel();
+                }
+                drop(rank);
+            }));
+        }
+        report
     }
 
     fn disk(&self, write: bool, spec: &MoveSpec) -> MoveReport {
@@ -241,6 +349,38 @@ impl LocalMover {
             bytes: moved as u64 * store.block_bytes(),
             fault: fault_of(store),
         }
+    }
+}
+
+impl ExternalMemory {
+    /// How many blocks all segments have.
+    pub(super) fn blocks(&self, rank: DpRank) -> Result<u32, AttachError> {
+        let error = |reason: String| AttachError::Memory {
+            rank: rank.0,
+            reason,
+        };
+        let Some(first) = self.segments.first() else {
+            return Err(error("it has no region".to_owned()));
+        };
+        let blocks = first.layout.blocks;
+        for (
+            at,
+            ExternalSegment {
+                registration,
+                layout,
+            },
+        ) in self.segments.iter().enumerate()
+        {
+            if layout.blocks != blocks {
+                let got = layout.blocks;
+                return Err(error(format!(
+                    "region {at} has {got} blocks, the first one {blocks}"
+                )));
+            }
+            let checked = layout.validate(registration.len() as u64);
+            checked.map_err(|source| error(format!("region {at}: {source}")))?;
+        }
+        Ok(blocks)
     }
 }
 

@@ -8,7 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blockplane_protocol::{BlockId, DpRank, KvLayout, LayoutOrder, LowerTiers, Tier, TokenBlock};
+use blockplane_protocol::{
+    BlockId, DpRank, KvLayout, LayoutOrder, LowerTiers, SequenceHash, Tier, TokenBlock,
+};
 use blockplane_transfer::Agent;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use thiserror::Error;
@@ -17,9 +19,10 @@ use super::{
     config::{TierConfig, TierConfigError},
     found::TierMatch,
     health::TierState,
-    local::{AttachError, LocalMover, fault_of},
+    local::{AttachError, ExternalMemory, LocalMover, fault_of},
     moves::{MoveKind, MoveReport, MoveSpec, Mover},
     onboard::{OnboardId, Onboarded},
+    save::{SaveId, Saved},
     stats::TierStats,
     tiers::{RemoteIndex, TierPools, Tiers},
 };
@@ -105,6 +108,7 @@ pub struct OnboardTicket {
 }
 
 type Done = Box<dyn FnOnce(Onboarded) + Send>;
+type SaveDone = Box<dyn FnOnce(Saved) + Send>;
 
 /// Who is told of the end of an onboard.
 enum Told {
@@ -129,6 +133,7 @@ struct Shared {
 struct Books {
     tiers: Tiers,
     told: HashMap<OnboardId, Arc<Mutex<Told>>>,
+    savers: HashMap<SaveId, SaveDone>,
     stopping: bool,
 }
 
@@ -136,6 +141,7 @@ struct Books {
 #[derive(Default)]
 struct News {
     ended: Vec<(Arc<Mutex<Told>>, Onboarded)>,
+    saved: Vec<(SaveDone, Saved)>,
 }
 
 /// Copies in this worker by one mover, and to and from G4 by another.
@@ -245,6 +251,7 @@ impl TierManager {
             books: Mutex::new(Books {
                 tiers: Tiers::new(config, pools, block_bytes)?,
                 told: HashMap::new(),
+                savers: HashMap::new(),
                 stopping: false,
             }),
             work: Condvar::new(),
@@ -282,6 +289,29 @@ impl TierManager {
             local.attach(rank, agent, arena)?;
         }
         Ok(self.attach_books(rank, pool.clone()))
+    }
+
+    /// Adds a rank of another engine that keeps the books of its G1 itself: the tiers know where its
+    /// blocks lie, and nothing of what is in them. They are filled by [`RankTiers::save`], with ids,
+    /// and found by [`RankTiers::find_after`].
+    ///
+    /// # Errors
+    /// Its blocks do not have the size of those of G2, or its agent is not reached.
+    pub fn attach_external(
+        &self,
+        rank: DpRank,
+        agent: &Agent,
+        memory: &ExternalMemory,
+    ) -> Result<RankTiers, AttachError> {
+        let blocks = memory.blocks(rank)?;
+        if let Some(local) = &self.local {
+            local.attach_external(rank, agent, memory)?;
+        }
+        let books = PoolConfig {
+            prefix_caching: false,
+            ..PoolConfig::default()
+        };
+        Ok(self.attach_books(rank, BlockPool::accounting(blocks, books)))
     }
 
     /// Adds a rank whose memory the mover knows already.
@@ -400,6 +430,36 @@ impl RankTiers {
         let now = self.shared.now();
         let mut books = self.shared.books.lock();
         books.tiers.extend(now, self.rank, held, names)
+    }
+
+    /// See [`Tiers::find_after`].
+    pub fn find_after(&self, parent: Option<SequenceHash>, names: &[TokenBlock]) -> TierMatch {
+        let now = self.shared.now();
+        let mut books = self.shared.books.lock();
+        books.tiers.find_after(now, self.rank, parent, names)
+    }
+
+    /// See [`Tiers::save`]. `done` is called once, when the blocks are not read any more: on a thread
+    /// of the manager, or here. It must be short.
+    pub fn save(
+        &self,
+        parent: Option<SequenceHash>,
+        blocks: &[(TokenBlock, BlockId)],
+        priority: Option<u32>,
+        done: Box<dyn FnOnce(Saved) + Send>,
+    ) {
+        let now = self.shared.now();
+        let mut books = self.shared.books.lock();
+        let id = books.tiers.save(now, self.rank, parent, blocks, priority);
+        books.savers.insert(id, done);
+        if books.stopping {
+            books.tiers.end_saves();
+        }
+        let news = books.news();
+        drop(books);
+        self.shared.work.notify_one();
+        self.shared.timer.notify_one();
+        news.tell();
     }
 
     /// Brings a match into G1, into `targets`, one for each block that is not there, in order.
@@ -574,7 +634,7 @@ impl Shared {
     /// Tells who waits, without the lock.
     fn tell<'a>(&'a self, mut books: MutexGuard<'a, Books>) -> MutexGuard<'a, Books> {
         let news = books.news();
-        if !news.ended.is_empty() {
+        if !news.is_empty() {
             MutexGuard::unlocked(&mut books, || news.tell());
         }
         books
@@ -590,6 +650,7 @@ impl Shared {
         for id in ids {
             books.tiers.cancel(now, id);
         }
+        books.tiers.end_saves();
         let news = books.news();
         drop(books);
         self.work.notify_all();
@@ -614,14 +675,27 @@ impl Books {
             let told = self.told.remove(&id)?;
             Some((told, onboarded))
         });
+        let ended = ended.collect();
+        let saved = self.tiers.saved().into_iter().filter_map(|(id, saved)| {
+            let done = self.savers.remove(&id)?;
+            Some((done, saved))
+        });
         News {
-            ended: ended.collect(),
+            ended,
+            saved: saved.collect(),
         }
     }
 }
 
 impl News {
+    fn is_empty(&self) -> bool {
+        self.ended.is_empty() && self.saved.is_empty()
+    }
+
     fn tell(self) {
+        for (done, saved) in self.saved {
+            done(saved);
+        }
         for (told, onboarded) in self.ended {
             // Held while it is told, so that nobody is told after giving up.
             let mut told = told.lock();

@@ -39,6 +39,7 @@ mod moves;
 mod offload;
 mod onboard;
 mod queue;
+mod save;
 mod slots;
 mod stats;
 mod tiers;
@@ -49,12 +50,13 @@ pub use config::{
 };
 pub use found::{PerTier, TierMatch};
 pub use health::{StateChange, TierState};
-pub use local::{AttachError, LocalMover};
+pub use local::{AttachError, ExternalMemory, ExternalSegment, LocalMover};
 pub use manager::{OnboardTicket, RankTiers, TierError, TierManager, TierParts, host_arena};
 pub use moves::{
     BlockOutcome, Invalid, MoveId, MoveKind, MoveReport, MoveSpec, MovedBlock, Mover, Pending,
     TierFault,
 };
 pub use onboard::{NotLoaded, OnboardId, Onboarded};
+pub use save::{SaveId, Saved};
 pub use stats::{Dropped, Evicted, Histogram, MoveStats, OnboardStats, TierStats};
 pub use tiers::{RemoteIndex, TierPools, Tiers};

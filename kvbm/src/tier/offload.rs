@@ -133,7 +133,7 @@ impl Tiers {
 
     /// Blocks of G2 that offloads may take. Where there is no G2, half of what stands in for it is
     /// left to onboards.
-    fn offload_room(&self) -> usize {
+    pub(super) fn offload_room(&self) -> usize {
         let host = self.host.stats();
         if self.listed {
             host.free + host.cached
@@ -144,7 +144,7 @@ impl Tiers {
 
     /// The names that are not in G2 (where there is none, in any lower tier). The others are as if
     /// written again.
-    fn without_present(
+    pub(super) fn without_present(
         &mut self,
         now: Duration,
         rank: usize,

@@ -53,6 +53,8 @@ pub enum NotLoaded {
 /// A request that waits for blocks.
 pub(super) struct Onboard {
     rank: usize,
+    /// Name of the block before the first one.
+    parent: Option<SequenceHash>,
     started: Duration,
     deadline: Duration,
     blocks: Vec<Awaited>,
@@ -155,7 +157,8 @@ impl Tiers {
         let mut blocks = Vec::with_capacity(end);
         let mut ready = VecDeque::new();
         let mut targets = targets.into_iter();
-        let mut parent = None;
+        let mut parent = found.parent();
+        let first_parent = parent;
         let mut lower = Vec::with_capacity(found.lower());
         for (at, found) in (0..).zip(found.into_blocks()) {
             let from = found.place.tier();
@@ -185,6 +188,7 @@ impl Tiers {
         let listed = !ready.is_empty();
         let key = self.onboards.insert(Onboard {
             rank: at,
+            parent: first_parent,
             started: now,
             deadline,
             blocks,
@@ -240,7 +244,8 @@ impl Tiers {
             for at in onboard.ready.drain(..count) {
                 let parent = at
                     .checked_sub(1)
-                    .map(|before| onboard.blocks[before as usize].name.sequence);
+                    .map(|before| onboard.blocks[before as usize].name.sequence)
+                    .or(onboard.parent);
                 let block = &mut onboard.blocks[at as usize];
                 let State::Ready(source) = std::mem::replace(&mut block.state, State::Copying)
                 else {

@@ -18,6 +18,7 @@ use super::{
     moves::{BlockOutcome, MoveId, MoveKind, MoveSpec, MovedBlock, TierFault},
     onboard::{Onboard, OnboardId, Onboarded, Read},
     queue::RunQueue,
+    save::Saves,
     slots::Slots,
     stats::{Dropped, Evicted, TierStats},
     write::{Disk, Remote},
@@ -116,6 +117,8 @@ pub struct Tiers {
     pub(super) remote: Option<Remote>,
     /// Blocks of G1 that are to go to G2, by their names: they are held when their turn comes.
     pub(super) offloads: RunQueue<TokenBlock>,
+    /// Blocks of a G1 whose books another engine keeps.
+    pub(super) saves: Saves,
     pub(super) onboards: Slots<Onboard>,
     /// Onboards with blocks to copy into G1, oldest first.
     pub(super) loading: VecDeque<u64>,
@@ -181,6 +184,7 @@ impl Tiers {
             disk,
             remote,
             offloads: RunQueue::new(queue_max),
+            saves: Saves::new(queue_max),
             onboards: Slots::new(),
             loading: VecDeque::new(),
             reads: Slots::new(),
@@ -227,6 +231,17 @@ impl Tiers {
         self.extend(now, rank, Vec::new(), names)
     }
 
+    /// [`Tiers::find`] for a run that does not begin its sequence: `parent` names the block before it.
+    pub fn find_after(
+        &mut self,
+        now: Duration,
+        rank: DpRank,
+        parent: Option<SequenceHash>,
+        names: &[TokenBlock],
+    ) -> TierMatch {
+        self.search(now, TierMatch::new(rank, parent, 0), names)
+    }
+
     /// [`Tiers::find`] for a caller that holds the leading blocks in G1 already, up to the first one
     /// that is not there.
     pub fn extend(
@@ -236,12 +251,17 @@ impl Tiers {
         held: Vec<ImmutableBlock>,
         names: &[TokenBlock],
     ) -> TierMatch {
-        let mut found = TierMatch::new(rank, held.len());
-        let known = !held.is_empty();
+        let mut found = TierMatch::new(rank, None, held.len());
         for (block, name) in held.into_iter().zip(names) {
             found.push(*name, Place::Device(Some(block)));
         }
-        let device = self.rank_index(rank).map(|at| &self.ranks[at].pool);
+        self.search(now, found, names)
+    }
+
+    /// Goes on from what was found.
+    fn search(&self, now: Duration, mut found: TierMatch, names: &[TokenBlock]) -> TierMatch {
+        let known = !found.is_empty();
+        let device = self.rank_index(found.rank()).map(|at| &self.ranks[at].pool);
         let disk = self.disk.as_ref().filter(|disk| disk.health.usable(now));
         let remote = self.remote.as_ref().filter(|r| r.health.usable(now));
         let host = self.listed.then_some(&self.host);
@@ -302,6 +322,7 @@ impl Tiers {
             .or_else(|| self.start_write(now, Tier::Disk))
             .or_else(|| self.start_write(now, Tier::Remote))
             .or_else(|| self.start_offload(now))
+            .or_else(|| self.start_save(now))
     }
 
     /// Takes what became of a move. Without `quiet`, bytes of the blocks that were not moved may
@@ -353,9 +374,10 @@ impl Tiers {
         if now >= self.next_deadline {
             self.end_late_onboards(now);
         }
+        let saves = self.end_late_saves(now);
         let again = Some(self.next_deadline).filter(|at| *at < Duration::MAX);
         let blocked = self.blocked.then(|| now + BLOCKED_AGAIN);
-        again.into_iter().chain(blocked).min()
+        again.into_iter().chain(blocked).chain(saves).min()
     }
 
     /// G3 or G4 does not work any more as it did. Other tiers have no faults.
@@ -376,6 +398,7 @@ impl Tiers {
         let writes = |queue: Option<usize>| queue.unwrap_or(0) == 0;
         self.flights.len() == 0
             && self.offloads.is_empty()
+            && self.saves.is_empty()
             && self.onboards.len() == 0
             && writes(self.disk.as_ref().map(|disk| disk.writes.len()))
             && writes(self.remote.as_ref().map(|remote| remote.writes.len()))
@@ -396,7 +419,7 @@ impl Tiers {
         for (moves, running) in stats.moves.iter_mut().zip(self.running) {
             moves.running = running;
         }
-        stats.offload_queue_blocks = self.offloads.len();
+        stats.offload_queue_blocks = self.offloads.len() + self.saves.waiting();
         if let Some(disk) = &self.disk {
             stats.disk = disk.pool.stats();
             stats.disk_activity = disk.pool.activity();
