@@ -9,6 +9,7 @@
 //! * [`model`]: transformers from Hugging Face checkpoints; [`ops`]: what they compute with.
 //! * [`stream`]: the two ends of a running request.
 //! * [`error`]: why a request is not taken.
+//! * [`vllm`]: another engine, vLLM, in a process of its own.
 //!
 //! A worker (`launcher`) starts an engine and serves it over RPC. Nothing here knows about RPC,
 //! discovery, HTTP or text: an engine takes token ids and gives token ids.
@@ -23,6 +24,7 @@ pub mod ops;
 pub mod sampler;
 pub mod scheduler;
 pub mod stream;
+pub mod vllm;
 
 pub use disagg::HandoffConfig;
 pub use engine::{Engine, EngineInfo, Health, RemotePrefill};
