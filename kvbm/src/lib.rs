@@ -72,6 +72,8 @@ pub mod fingerprint;
 pub mod groups;
 #[cfg(not(loom))]
 pub mod metrics;
+#[cfg(not(loom))]
+pub mod open;
 pub mod pool;
 #[cfg(not(loom))]
 pub mod ranks;

@@ -4,11 +4,10 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
 use blockplane_engine::model::ModelConfig;
-use blockplane_kvbm::settings::Report;
+use blockplane_kvbm::{open::facts, settings::Report};
 use blockplane_protocol::DType;
 use clap::Args;
 
-use super::facts;
 use crate::{
     cli::{ComputeArg, KvbmArgs},
     deployment::Deployment,

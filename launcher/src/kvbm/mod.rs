@@ -1,7 +1,6 @@
 //! `blockplane kvbm ...`: tools around the KV cache below the GPU.
 
 mod config;
-mod facts;
 mod observe;
 
 use std::process::ExitCode;
@@ -10,7 +9,6 @@ use blockplane_bench::kvbm::{AdviseArgs, ReplayArgs, advise, replay};
 use clap::Subcommand;
 
 pub(crate) use config::ConfigArgs;
-pub(crate) use facts::facts;
 pub(crate) use observe::observe;
 
 /// What can be done.

@@ -5,7 +5,6 @@ pub(crate) mod engines;
 pub(crate) mod fleet;
 pub(crate) mod handlers;
 pub(crate) mod network;
-mod objects;
 pub(crate) mod peers;
 pub(crate) mod prefill;
 pub(crate) mod service;

@@ -8,22 +8,20 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use blockplane_kvbm::settings::{Folder, HostFacts, KvbmSettings};
 use rustix::{
     fs::{Access, access, statfs, statvfs},
     process::{Resource, getrlimit},
 };
+
+use crate::settings::{Folder, HostFacts, KvbmSettings};
 
 /// `tmpfs` and `ramfs` in `statfs`.
 const MEMORY_FILE_SYSTEMS: [u64; 2] = [0x0102_1994, 0x8584_58f6];
 
 /// Looks at this machine. `pinned`: host memory is going to be pinned for a device; `device_blocks`: the
 /// blocks of the engine's own pools, if they are known.
-pub(crate) fn facts(
-    settings: &KvbmSettings,
-    pinned: bool,
-    device_blocks: Option<u32>,
-) -> HostFacts {
+#[must_use]
+pub fn facts(settings: &KvbmSettings, pinned: bool, device_blocks: Option<u32>) -> HostFacts {
     let folder = &settings.disk_cache_dir.value;
     // What the folder will be on, if it is not there yet.
     let existing = folder.ancestors().find(|path| path.exists());

@@ -2,41 +2,42 @@
 
 use std::sync::Arc;
 
-use anyhow::Context;
-use blockplane_kvbm::{
-    Fingerprint, KvArena, KvbmSettings,
-    remote::{ObjectTier, ObjectTierConfig},
-};
 use blockplane_transfer::{Agent, ObjectConfig, ObjectLocation, S3Config, S3Credentials};
+
+use super::OpenError;
+use crate::{
+    arena::KvArena,
+    fingerprint::Fingerprint,
+    remote::{ObjectTier, ObjectTierConfig},
+    settings::KvbmSettings,
+};
 
 /// Opens the object store that the settings describe, over the blocks of `host`. Nobody is asked yet: a
 /// store that does not answer is a tier without hits.
-pub(crate) fn open(
+pub(super) fn open(
     settings: &KvbmSettings,
     worker: &str,
     agent: &Agent,
     host: &Arc<KvArena>,
     fingerprint: Fingerprint,
-) -> anyhow::Result<Arc<ObjectTier>> {
+) -> Result<Arc<ObjectTier>, OpenError> {
     let location = location(settings, worker)?;
-    let store = agent
-        .open_objects(&ObjectConfig::new(location))
-        .context("the object store of the KV tiers (G4)")?;
+    let store = agent.open_objects(&ObjectConfig::new(location))?;
     tracing::info!(store = store.name(), "KV tiers: G4 opened");
     let config = ObjectTierConfig {
         names_max: settings.object_num_blocks.value as usize,
         ..ObjectTierConfig::default()
     };
     ObjectTier::open(agent, store, Arc::clone(host), fingerprint, config)
-        .context("the objects of the KV tiers (G4)")
+        .map_err(OpenError::Objects)
 }
 
-fn location(settings: &KvbmSettings, worker: &str) -> anyhow::Result<ObjectLocation> {
+fn location(settings: &KvbmSettings, worker: &str) -> Result<ObjectLocation, OpenError> {
     let bucket = settings
         .object_bucket
         .value
         .as_ref()
-        .context("DYN_KVBM_OBJECT_ENABLED needs DYN_KVBM_OBJECT_BUCKET")?;
+        .ok_or(OpenError::NoBucket)?;
     let mut s3 = S3Config::new(bucket.replace("{worker_id}", worker));
     s3.endpoint.clone_from(&settings.object_endpoint.value);
     if let Some(region) = &settings.object_region.value {
@@ -56,9 +57,8 @@ fn location(settings: &KvbmSettings, worker: &str) -> anyhow::Result<ObjectLocat
 
 #[cfg(test)]
 mod tests {
-    use blockplane_kvbm::resolve;
-
     use super::*;
+    use crate::settings::resolve;
 
     #[test]
     fn variables_become_a_bucket_and_secrets_stay_secret() {
