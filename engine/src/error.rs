@@ -88,6 +88,14 @@ pub enum RequestError {
         /// How many there are.
         dp_size: u32,
     },
+    /// A cache salt that is too long.
+    #[error("cache_salt has {chars} characters; accepted: up to {limit}")]
+    CacheSalt {
+        /// Its length.
+        chars: usize,
+        /// The longest one accepted.
+        limit: usize,
+    },
     /// No time left.
     #[error("the request arrived with no time left (deadline_ms is 0)")]
     NoTimeLeft,
@@ -146,6 +154,7 @@ impl RequestError {
             | Self::Lora { .. }
             | Self::Priority { .. }
             | Self::Rank { .. }
+            | Self::CacheSalt { .. }
             | Self::Role { .. }
             | Self::Incompatible { .. }
             | Self::MalformedJob { .. } => ErrorKind::InvalidRequest,
@@ -170,14 +179,25 @@ impl From<RequestError> for GenerateError {
 /// # Errors
 /// A [`RequestError`] that names the first fault.
 pub fn validate(request: &GenerateRequest, info: &EngineInfo) -> Result<(), RequestError> {
+    if let Some(name) = request.lora_name.clone().filter(|name| !name.is_empty()) {
+        return Err(RequestError::Lora { name });
+    }
+    validate_parameters(request, info)
+}
+
+/// The same for an engine that may serve `LoRA` adapters.
+///
+/// # Errors
+/// A [`RequestError`] that names the first fault.
+pub fn validate_parameters(
+    request: &GenerateRequest,
+    info: &EngineInfo,
+) -> Result<(), RequestError> {
     if request.model != info.model {
         return Err(RequestError::Model {
             requested: request.model.clone(),
             served: info.model.clone(),
         });
-    }
-    if let Some(name) = request.lora_name.clone().filter(|name| !name.is_empty()) {
-        return Err(RequestError::Lora { name });
     }
     if let Some(asked) = request.priority.filter(|&p| p > PRIORITY_MAX) {
         return Err(RequestError::Priority { asked });

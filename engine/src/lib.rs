@@ -5,6 +5,7 @@
 //! * [`native`]: the engine that computes on this machine, and [`disagg`]: how two of them share a
 //!   request.
 //! * [`mock`]: the same engine with a model that only takes time.
+//! * [`vllm`]: a vLLM server as an engine.
 //! * [`scheduler`]: what to compute next; [`sampler`]: which token; both pure.
 //! * [`model`]: transformers from Hugging Face checkpoints; [`ops`]: what they compute with.
 //! * [`stream`]: the two ends of a running request.
@@ -28,10 +29,11 @@ pub mod vllm;
 
 pub use disagg::HandoffConfig;
 pub use engine::{Engine, EngineInfo, Health, RemotePrefill};
-pub use error::{RequestError, StartError, validate};
+pub use error::{RequestError, StartError, validate, validate_parameters};
 pub use mock::{MockConfig, MockEngine, MockModel, MockTiming};
 pub use native::{NativeConfig, NativeEngine, PoolSize, TierHandle};
 pub use scheduler::SchedulerConfig;
 pub use stream::{
     PrefillSender, PrefillTicket, TokenSender, TokenStream, prefill_channel, token_channel,
 };
+pub use vllm::{VllmConfig, VllmEngine, VllmError, VllmSource};

@@ -6,6 +6,10 @@
 //!    the last write, so that it arrives after every byte.
 //! 3. The [`PrefillReply`] on the control connection only reports what was done; the decode worker
 //!    goes on as soon as the `PrefillDone` is there.
+//!
+//! An engine that is a server of its own kind may have a connector that moves KV by itself. Then the
+//! job names no blocks but what the servers have to have in common ([`ConnectorTarget`]), the reply
+//! carries the connector's own parameters, and the decode worker gives them to its server.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -23,7 +27,27 @@ pub struct PrefillJob {
     /// chosen, and `route.rank` naming the rank of the prefill worker.
     pub request: GenerateRequest,
     /// Where the KV shall go.
-    pub target: KvTarget,
+    #[serde(flatten)]
+    pub target: PrefillTarget,
+}
+
+/// How the KV of a [`PrefillJob`] gets to the decode worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum PrefillTarget {
+    /// The prefill worker writes it into these blocks.
+    #[serde(rename = "target")]
+    Blocks(KvTarget),
+    /// The decode worker's engine fetches it with a connector of its own.
+    #[serde(rename = "connector")]
+    Connector(ConnectorTarget),
+}
+
+/// The decode worker's side of a connector.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectorTarget {
+    /// What two servers need to have the same to hand KV to each other, in words. The prefill worker
+    /// refuses a job whose identity is not its own.
+    pub identity: String,
 }
 
 /// The decode worker's blocks for one prompt.
@@ -95,4 +119,80 @@ pub struct PrefillReply {
     /// The lane that they took.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lane: Option<String>,
+    /// For a [`ConnectorTarget`]: the parameters by which the decode worker's engine finds the KV, as
+    /// JSON of the connector's. `None` where there is nothing to fetch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_transfer_params: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{codec, layout::DType, request::RouteHints};
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct FirstForm {
+        request: GenerateRequest,
+        target: KvTarget,
+    }
+
+    fn request() -> GenerateRequest {
+        GenerateRequest {
+            request_id: RequestId("r".to_owned()),
+            model: "m".to_owned(),
+            token_ids: vec![1, 2, 3],
+            sampling: crate::request::SamplingParams::default(),
+            stop: crate::request::StopConditions::default(),
+            logprobs: None,
+            cache_salt: None,
+            lora_name: None,
+            priority: None,
+            deadline_ms: 5,
+            route: RouteHints::default(),
+        }
+    }
+
+    #[test]
+    fn a_job_with_blocks_is_on_the_wire_what_it_was_before_there_were_connectors() {
+        let target = KvTarget {
+            agent: Bytes::from_static(&[0, 255, 1]),
+            region: u64::MAX,
+            window: 7,
+            layout: KvLayout::dense(2, 1, 8, 16, DType::Bf16),
+            pool_blocks: 9,
+            model_fingerprint: u64::MAX - 1,
+            block_ids: vec![BlockId(3)],
+            cached_blocks: 0,
+            cached_window: None,
+        };
+        let first = FirstForm {
+            request: request(),
+            target: target.clone(),
+        };
+        let job = PrefillJob {
+            request: request(),
+            target: PrefillTarget::Blocks(target),
+        };
+        assert_eq!(
+            codec::decode::<PrefillJob>(&codec::encode(&first)).unwrap(),
+            job
+        );
+        assert_eq!(
+            codec::decode::<FirstForm>(&codec::encode(&job)).unwrap(),
+            first
+        );
+    }
+
+    #[test]
+    fn a_job_for_a_connector_is_refused_by_those_who_do_not_know_it() {
+        let job = PrefillJob {
+            request: request(),
+            target: PrefillTarget::Connector(ConnectorTarget {
+                identity: "vLLM 1".to_owned(),
+            }),
+        };
+        let bytes = codec::encode(&job);
+        assert_eq!(codec::decode::<PrefillJob>(&bytes).unwrap(), job);
+        assert!(codec::decode::<FirstForm>(&bytes).is_err());
+    }
 }

@@ -20,7 +20,9 @@ pub mod token;
 
 pub use endpoint::{EndpointId, EndpointParseError};
 pub use feed::{FeedItem, FeedRequest, SnapshotBlock};
-pub use handoff::{KvTarget, PrefillDone, PrefillJob, PrefillReply, SamplerState};
+pub use handoff::{
+    ConnectorTarget, KvTarget, PrefillDone, PrefillJob, PrefillReply, PrefillTarget, SamplerState,
+};
 pub use hash::{BlockHash, PositionalHash, SaltHash, SequenceHash};
 pub use id::{BlockId, DpRank, LayerIndex, RequestId, WorkerId, WorkerRank};
 pub use kv_event::{KvEvent, KvEventData, StoredBlock, Tier};

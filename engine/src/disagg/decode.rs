@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use blockplane_protocol::{
     BlockId, ErrorKind, GenerateError, GenerateRequest, KvTarget, PrefillDone, PrefillHint,
-    PrefillJob, PrefillReply,
+    PrefillJob, PrefillReply, PrefillTarget,
 };
 use blockplane_transfer::{Window, WindowAccess, WindowScope};
 use futures::future::BoxFuture;
@@ -243,7 +243,7 @@ impl Task {
         request.route.prefill.clear();
         PrefillJob {
             request,
-            target: KvTarget {
+            target: PrefillTarget::Blocks(KvTarget {
                 agent: self.handoff.agent.metadata().to_bytes().into(),
                 region: self.shared.arena.registration().id().0,
                 window: windows.fill.id().0,
@@ -253,7 +253,7 @@ impl Task {
                 block_ids: self.block_ids.clone(),
                 cached_blocks: self.cached_blocks,
                 cached_window: windows.cached.as_ref().map(|window| window.id().0),
-            },
+            }),
         }
     }
 

@@ -30,7 +30,8 @@ use blockplane_kvbm::{
     BlockPool, Consolidation, EventFeed, EventHub, KvArena, PoolConfig, tier::TierManager,
 };
 use blockplane_protocol::{
-    DpRank, GenerateError, GenerateRequest, KvLayout, LoadReport, PrefillJob, WorkerRole,
+    DpRank, GenerateError, GenerateRequest, KvLayout, LoadReport, PrefillJob, PrefillTarget,
+    WorkerRole,
 };
 use futures::future::{BoxFuture, FutureExt, join_all};
 use tokio::sync::oneshot;
@@ -212,6 +213,10 @@ impl Engine for NativeEngine {
             self.refuse_role(refused, "prefill for other workers")?;
         }
         validate(&request, &self.info)?;
+        let PrefillTarget::Blocks(target) = target else {
+            let reason = "this worker writes KV into blocks; the job is for a connector".to_owned();
+            return Err(RequestError::Incompatible { reason }.into());
+        };
         validate_target(&target, request.token_ids.len(), &self.info)?;
         let shared = Arc::clone(self.rank(request.route.rank)?);
         let handoff = self

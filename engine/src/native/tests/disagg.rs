@@ -444,39 +444,53 @@ async fn jobs_that_contradict_themselves_are_refused_with_their_reason() {
         ..Setup::default()
     }
     .start("strict-prefill");
-    let job = || PrefillJob {
-        request: request(&prompt(0, 10, 0), 1),
-        target: KvTarget {
-            agent: Vec::new().into(),
-            region: 1,
-            window: 1,
-            layout: fake::layout(),
-            pool_blocks: 10,
-            model_fingerprint: 7,
-            block_ids: (0..3).map(blockplane_protocol::BlockId).collect(),
-            cached_blocks: 0,
-            cached_window: None,
-        },
+    let target = || KvTarget {
+        agent: Vec::new().into(),
+        region: 1,
+        window: 1,
+        layout: fake::layout(),
+        pool_blocks: 10,
+        model_fingerprint: 7,
+        block_ids: (0..3).map(blockplane_protocol::BlockId).collect(),
+        cached_blocks: 0,
+        cached_window: None,
     };
-    let refused = |change: &dyn Fn(&mut PrefillJob)| {
-        let mut job = job();
-        change(&mut job);
+    let job = |target| PrefillJob {
+        request: request(&prompt(0, 10, 0), 1),
+        target,
+    };
+    let refuses = |job: PrefillJob| {
         let error = prefill.prefill(job).unwrap_err();
         assert_eq!(error.kind, ErrorKind::InvalidRequest, "{error}");
         error.message
     };
-    let model = refused(&|job| job.target.model_fingerprint = 8);
+    let refused = |change: &dyn Fn(&mut KvTarget)| {
+        let mut target = target();
+        change(&mut target);
+        refuses(job(PrefillTarget::Blocks(target)))
+    };
+    let model = refused(&|target| target.model_fingerprint = 8);
     assert!(model.contains("fingerprint"), "{model}");
-    let layout = refused(&|job| job.target.layout.head_dim = 8);
+    let layout = refused(&|target| target.layout.head_dim = 8);
     assert!(layout.contains("head_dim: 8"), "{layout}");
-    refused(&|job| job.target.block_ids.truncate(2));
-    refused(&|job| job.target.block_ids[1].0 = 10);
-    refused(&|job| job.target.cached_blocks = 1);
-    refused(&|job| {
-        job.target.cached_blocks = 3;
-        job.target.cached_window = Some(2);
+    refused(&|target| target.block_ids.truncate(2));
+    refused(&|target| target.block_ids[1].0 = 10);
+    refused(&|target| target.cached_blocks = 1);
+    refused(&|target| {
+        target.cached_blocks = 3;
+        target.cached_window = Some(2);
     });
-    refused(&|job| job.request.token_ids.clear());
+    let job = || job(PrefillTarget::Blocks(target()));
+    let mut empty = job();
+    empty.request.token_ids.clear();
+    refuses(empty);
+    let connector = refuses(PrefillJob {
+        target: PrefillTarget::Connector(ConnectorTarget {
+            identity: "vLLM".to_owned(),
+        }),
+        ..job()
+    });
+    assert!(connector.contains("connector"), "{connector}");
     let metadata = prefill.prefill(job()).unwrap().await.unwrap_err();
     assert!(metadata.message.contains("metadata"), "{metadata}");
 

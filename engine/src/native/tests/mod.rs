@@ -19,8 +19,9 @@ use std::{
 
 use blockplane_kvbm::{EvictionKind, PoolStats};
 use blockplane_protocol::{
-    ErrorKind, FinishReason, GenerateError, GenerateRequest, PrefillHint, PrefillJob, PrefillReply,
-    RequestId, RouteHints, SamplingParams, StopConditions, TokenId, Usage, WorkerId, WorkerRole,
+    ConnectorTarget, ErrorKind, FinishReason, GenerateError, GenerateRequest, PrefillHint,
+    PrefillJob, PrefillReply, PrefillTarget, RequestId, RouteHints, SamplingParams, StopConditions,
+    TokenId, Usage, WorkerId, WorkerRole,
 };
 use blockplane_transfer::{Agent, AgentConfig, FaultConfig, Lane};
 use futures::{FutureExt, StreamExt, future::BoxFuture};
