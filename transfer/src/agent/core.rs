@@ -10,8 +10,10 @@ use parking_lot::{Mutex, RwLock};
 use super::peer::KnownPeer;
 use super::{CopyPool, Session, Timers};
 use crate::config::{AgentConfig, ArenaConfig, DeviceArenaConfig, RemoteAccess};
-use crate::cuda::{CudaUnavailable, DeviceMemory, Mover};
-use crate::error::{AgentError, LossCause, MetadataError, RegisterError, WindowError};
+use crate::cuda::{CudaUnavailable, DeviceMemory, DeviceWork, Mover};
+use crate::error::{
+    AgentError, LossCause, MetadataError, PrepareError, RegisterError, WindowError,
+};
 use crate::memory::{HostMemory, Region, RegionId, RegionOwner, Registration};
 use crate::op::{Notification, NotificationQueue};
 use crate::peer::{Addresses, Metadata, MetadataContent, RegionInfo};
@@ -220,6 +222,13 @@ impl Core {
         self.check_cuda("device")?;
         let id = RegionId(self.next_name());
         self.add_region(Region::device_memory(id, memory, access)?)
+    }
+
+    pub(super) fn warm_device(&self, device: u32) -> Result<(), PrepareError> {
+        if !self.config.cuda.enabled {
+            return Err(CudaUnavailable::Off.into());
+        }
+        DeviceWork::warm(self, device)
     }
 
     fn check_cuda(&self, label: &str) -> Result<(), RegisterError> {

@@ -140,6 +140,15 @@ impl Agent {
         self.core().register_device(memory, access)
     }
 
+    /// Opens a device and gets its kernels ready, which are compiled when no compiled ones are kept: one
+    /// or two seconds that otherwise the first transfer takes.
+    ///
+    /// # Errors
+    /// There is no CUDA or no such device, or the kernels cannot be compiled.
+    pub fn warm_device(&self, device: u32) -> Result<(), PrepareError> {
+        self.core().warm_device(device)
+    }
+
     /// Registers memory of this process. Peers reach it through a socket, also on this host:
     /// memory that peers are to reach at the speed of memory comes from [`Agent::allocate`].
     ///
@@ -222,6 +231,20 @@ impl Agent {
         remote: RemoteBlocks<'_>,
     ) -> Result<Prepared, PrepareError> {
         crate::op::prepare_blocks(self.core(), op, local, remote)
+    }
+
+    /// Checks and plans several pairs of block sets as one operation, such as the caches of all layers
+    /// of a model that are regions of their own. All have the same peer and the same window. A set costs
+    /// what it would cost alone; on a device all of them are one launch.
+    ///
+    /// # Errors
+    /// Says which side and what does not fit.
+    pub fn prepare_sets<'a>(
+        &self,
+        op: Op,
+        sets: impl IntoIterator<Item = (LocalBlocks<'a>, RemoteBlocks<'a>)>,
+    ) -> Result<Prepared, PrepareError> {
+        crate::op::prepare_sets(self.core(), op, sets)
     }
 
     /// Checks and plans an operation on parts of the blocks of two KV caches that may be arranged

@@ -19,6 +19,7 @@ use super::plan::{Blocks, Copies, IdTable, Pair, TooManyChunks, lay_out};
 use super::stream::Lease;
 use crate::agent::{Core, DeviceOfPeer, MappedMemory, RemoteMemory, RemoteRegion};
 use crate::clock::after;
+use crate::config::CudaConfig;
 use crate::error::{PrepareError, Side};
 use crate::memory::Region;
 use crate::op::{Op, SetPair, TensorCopy};
@@ -84,6 +85,18 @@ impl fmt::Debug for DeviceWork {
     }
 }
 
+fn kernels_of(
+    device: &'static Device,
+    config: &CudaConfig,
+) -> Result<&'static Kernels, PrepareError> {
+    device
+        .kernels(config)
+        .map_err(|trouble| PrepareError::Kernels {
+            device: device.ordinal(),
+            reason: trouble.to_string(),
+        })
+}
+
 impl DeviceWork {
     /// Plans an operation of which at least one side is device memory, and says how and why.
     pub(crate) fn prepare(
@@ -97,12 +110,7 @@ impl DeviceWork {
         let ends: Vec<_> = ends.chain(sets.iter().map(SetPair::ends)).collect();
         let (device, why) = executor(core, op, &ends)?;
         let ordinal = device.ordinal();
-        let kernels = device
-            .kernels(config)
-            .map_err(|trouble| PrepareError::Kernels {
-                device: ordinal,
-                reason: trouble.to_string(),
-            })?;
+        let kernels = kernels_of(device, config)?;
         let mut reach = Reach {
             device,
             until: after(core.config.connect_timeout),
@@ -128,6 +136,12 @@ impl DeviceWork {
         work.over_the_bus = !reach.spans.is_empty();
         let reason = format!("{}; {why}", work.explain());
         Ok((work, reason))
+    }
+
+    /// Opens a device and loads its kernels.
+    pub(crate) fn warm(core: &Core, ordinal: u32) -> Result<(), PrepareError> {
+        let device = Device::open(ordinal)?;
+        kernels_of(device, &core.config.cuda).map(drop)
     }
 
     fn copying(

@@ -30,7 +30,8 @@ pub(crate) use map::map_blocks;
 pub(crate) use notify::NotificationQueue;
 pub(crate) use overlap::check_overlap;
 pub(crate) use prepare::{
-    SETS_MAX, own as own_region, pair_blocks, post, prepare_blocks, prepare_descriptors, route,
+    SETS_MAX, own as own_region, pair_blocks, post, prepare_blocks, prepare_descriptors,
+    prepare_sets, route,
 };
 pub(crate) use state::{TransferState, Turn};
 pub(crate) use tensor::prepare_tensors;

@@ -158,6 +158,53 @@ pub(crate) fn prepare_blocks(
     )
 }
 
+/// Several pairs of block sets of one peer as one operation.
+pub(crate) fn prepare_sets<'a>(
+    core: &Arc<Core>,
+    op: Op,
+    sets: impl IntoIterator<Item = (LocalBlocks<'a>, RemoteBlocks<'a>)>,
+) -> Result<Prepared, PrepareError> {
+    let mut sets = sets.into_iter();
+    let Some(first) = sets.next() else {
+        return Err(PrepareError::Empty);
+    };
+    let (peer, window) = (first.1.peer, first.1.window);
+    let session = session_of(core, peer)?;
+    let questions = Questions::new(core, &session);
+    let rest = sets.size_hint().0;
+    let mut pairs = Vec::with_capacity(rest.saturating_add(1).min(SETS_MAX));
+    for (local, remote) in std::iter::once(first).chain(sets) {
+        let other = !std::ptr::eq(remote.peer, peer)
+            && !Arc::ptr_eq(&session_of(core, remote.peer)?, &session);
+        for (differ, what, here, there) in [
+            (
+                other,
+                "peers of one operation",
+                peer.epoch(),
+                remote.peer.epoch(),
+            ),
+            (
+                remote.window != window,
+                "windows of one operation",
+                window.map_or(0, |window| window.0),
+                remote.window.map_or(0, |window| window.0),
+            ),
+        ] {
+            if differ {
+                return Err(PrepareError::Mismatch {
+                    what,
+                    local: here,
+                    remote: there,
+                });
+            }
+        }
+        let set = BlockSet::new(remote.layout, remote.ids, remote.layers);
+        let region = || questions.region(remote.region);
+        pairs.push(pair_blocks(core, local, region, set)?);
+    }
+    finish(core, session.clone(), &questions, op, pairs, window)
+}
+
 /// Blocks of this agent and blocks elsewhere, both of layouts that fit where they lie. The remote
 /// region is looked up after the local side was found good.
 pub(crate) fn pair_blocks(

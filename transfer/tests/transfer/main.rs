@@ -50,6 +50,7 @@ conformance! {
     layouts_and_layer_ranges_pair_up,
     ordinary_memory_works_on_both_sides,
     descriptor_lists_of_any_shape,
+    sets_of_several_regions_are_one_operation,
     notifications_follow_their_bytes_in_order,
     transfers_and_notifications_can_be_awaited,
     both_directions_and_the_agent_itself,

@@ -1,7 +1,8 @@
 //! The conformance suite: what every lane does, whatever it is made of.
 
 use blockplane_transfer::{
-    BlockLayout, Descriptor, Op, PostOptions, RemoteAccess, RemoteDescriptor, TransferStatus,
+    Agent, BlockLayout, Descriptor, LocalBlocks, Op, PostOptions, PrepareError, RemoteAccess,
+    RemoteBlocks, RemoteDescriptor, TransferStatus,
 };
 
 use crate::support::{
@@ -180,6 +181,73 @@ pub(crate) fn descriptor_lists_of_any_shape(setup: &Setup) {
             );
         }
     }
+}
+
+/// The caches of all layers are regions of their own: one operation moves the same blocks of all.
+pub(crate) fn sets_of_several_regions_are_one_operation(setup: &Setup) {
+    let pair = setup.pair();
+    let (block, blocks) = (3_000u64, 40u32);
+    let arenas = |agent: &Agent| -> Vec<_> {
+        (0..5)
+            .map(|_| arena(agent, block * u64::from(blocks)))
+            .collect()
+    };
+    let (mine, theirs) = (arenas(&pair.a), arenas(&pair.b));
+    let here: Vec<_> = (0..5)
+        .map(|i| Blocks::flat(blocks, block, &scattered(blocks, 10, i)))
+        .collect();
+    let there: Vec<_> = (0..5)
+        .map(|i| Blocks::flat(blocks, block, &scattered(blocks, 10, 100 + i)))
+        .collect();
+    for op in [Op::Write, Op::Read] {
+        for (i, region) in mine.iter().chain(&theirs).enumerate() {
+            fill(region, i as u64 * 1000 + 7);
+        }
+        let mut l: Vec<_> = mine.iter().map(bytes).collect();
+        let mut r: Vec<_> = theirs.iter().map(bytes).collect();
+        for i in 0..5 {
+            match op {
+                Op::Write => oracle(&l[i], &here[i], &mut r[4 - i], &there[i]),
+                Op::Read => oracle(&r[4 - i], &there[i], &mut l[i], &here[i]),
+            }
+        }
+        let sets = (0..5).map(|i| {
+            let remote = there[i].remote(&pair.peer, theirs[4 - i].id(), None);
+            (here[i].local(&mine[i]), remote)
+        });
+        let prepared = pair.a.prepare_sets(op, sets).unwrap();
+        let plan = prepared.plan();
+        assert_eq!((plan.sets, plan.runs, plan.bytes), (5, 50, 50 * block));
+        let transfer = prepared.post(PostOptions::within(WAIT)).unwrap();
+        transfer.wait(WAIT).unwrap();
+        assert!(mine.iter().map(bytes).eq(l), "local bytes after {op:?}");
+        assert!(theirs.iter().map(bytes).eq(r), "remote bytes after {op:?}");
+    }
+    // Wrong in one of them is wrong in all.
+    let twice = |j: usize| {
+        (
+            here[0].local(&mine[0]),
+            there[j].remote(&pair.peer, theirs[j].id(), None),
+        )
+    };
+    let error = pair.a.prepare_sets(Op::Read, [twice(0), twice(1)]);
+    assert!(
+        matches!(error, Err(PrepareError::Overlap { .. })),
+        "{error:?}"
+    );
+    let own = pair.a.connect(&pair.a.metadata(), WAIT).unwrap();
+    let elsewhere = (
+        here[1].local(&mine[1]),
+        there[1].remote(&own, mine[2].id(), None),
+    );
+    let error = pair.a.prepare_sets(Op::Write, [twice(0), elsewhere]);
+    assert!(
+        matches!(error, Err(PrepareError::Mismatch { .. })),
+        "{error:?}"
+    );
+    let none: [(LocalBlocks<'_>, RemoteBlocks<'_>); 0] = [];
+    let error = pair.a.prepare_sets(Op::Write, none);
+    assert!(matches!(error, Err(PrepareError::Empty)), "{error:?}");
 }
 
 pub(crate) fn notifications_follow_their_bytes_in_order(setup: &Setup) {
