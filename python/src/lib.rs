@@ -4,6 +4,8 @@
 //! of descriptors, addresses, transfers); argument forms, documentation and defaults of the public
 //! classes are Python.
 
+mod nixl;
+
 use pyo3::prelude::*;
 
 /// The compiled half of `blockplane` and `nixl`.
@@ -13,6 +15,9 @@ mod _core {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
-        module.add("__version__", env!("CARGO_PKG_VERSION"))
+        module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        let names = PyModule::new(module.py(), "nixl")?;
+        nixl::add(&names)?;
+        module.add_submodule(&names)
     }
 }
