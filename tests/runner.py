@@ -1,6 +1,6 @@
 """Runs the tests, in groups, and ends with one line: N passed, N failed, N skipped.
 
-    tests/run                 unit, e2e, faults, hosts, python, gpu
+    tests/run                 unit, e2e, faults, hosts, python, gpu, rdma
     tests/run GROUP...        these groups
     tests/run --list          the groups
 
@@ -46,6 +46,7 @@ LOOM_TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) 
 NVRTC = CACHE / "nvrtc"
 NVRTC_PACKAGE = "nvidia-cuda-nvrtc>=13,<14"
 NVRTC_TESTS = "transfer kernels"
+VM = [sys.executable, str(ROOT / "tests/rdma/vm.py")]
 MAKE_FIXTURES = ROOT / "tests/fixtures/make_fixtures.py"
 REQUIREMENTS = ROOT / "tests/requirements.txt"
 
@@ -56,10 +57,10 @@ GROUPS = {
     "hosts": "two hosts, as network namespaces, with a wire that is cut",
     "python": "the OpenAI client against a running deployment",
     "gpu": "GPUs, where there are any: blockplane selftest gpu",
+    "rdma": "RDMA between two Soft-RoCE devices, in a virtual machine",
 }
 # Named in the plan of the project; this version has nothing to run there.
 PLANNED = {
-    "rdma": "Soft-RoCE in a virtual machine",
     "vllm": "a real vLLM behind blockplane",
     "web": "the web interface",
 }
@@ -77,7 +78,7 @@ OWN_GROUP = {
 CORES = len(os.sched_getaffinity(0))
 THREADS = {"e2e": min(2 * CORES, 16), "faults": min(2 * CORES, 8), "hosts": min(2 * CORES, 8)}
 # Longest time of one test executable, in seconds. A hang is a failure, not a wait.
-LIMIT_S = {"unit": 600, "e2e": 900, "faults": 900, "hosts": 300, "gpu": 600}
+LIMIT_S = {"unit": 600, "e2e": 900, "faults": 900, "hosts": 300, "gpu": 600, "rdma": 900}
 # Every process that a test starts inherits it, so that none is left behind whatever happened.
 MARK = f"BLOCKPLANE_TEST_RUN={uuid.uuid4()}"
 
@@ -155,10 +156,12 @@ def run_groups(groups, tally):
     python = Background("python environment and fixtures", prepare_python)
     browser = Background("browser", find_browser)
     nvrtc = Background("compiler of the kernels", prepare_nvrtc) if "unit" in groups else None
+    machine = Background("machine of the RDMA tests", prepare_rdma) if "rdma" in groups else None
     executables = timed("build", build)
     python_ready = python.wait()
     browser_ready = browser.wait()
     nvrtc_ready = nvrtc is not None and nvrtc.wait()
+    rdma_ready = machine is not None and machine.wait()
     if executables is None:
         tally.fail("build")
         return
@@ -181,6 +184,13 @@ def run_groups(groups, tally):
             continue
         if group == "gpu":
             timed("gpu", lambda: run_gpu(executables["binary"], tally))
+            continue
+        if group == "rdma":
+            if rdma_ready:
+                timed("rdma", lambda: run_rdma(tally))
+            else:
+                print(f"SKIPPED rdma: {machine.reason}")
+                tally.add(skipped=1)
             continue
         if group == "hosts" and (reason := no_namespaces()):
             print(f"SKIPPED hosts: {reason}")
@@ -399,6 +409,29 @@ def run_gpu(binary, tally):
     tally.failures += [f"gpu: {name}" for name in re.findall(r"^FAILED (.*)$", output, re.MULTILINE)]
     if code and not failed:
         tally.fail(f"gpu: selftest ended with status {code}")
+
+
+def prepare_rdma(log):
+    """The image of the machine, in the user's cache."""
+    result = subprocess.run([*VM, "prepare"], capture_output=True, text=True, check=False)
+    said = result.stderr.strip().splitlines()
+    if result.returncode:
+        raise RuntimeError(said[-1] if said else f"vm.py ended with status {result.returncode}")
+    log.extend(said)
+
+
+def run_rdma(tally):
+    """What runs in the machine. It is emulated: seconds there are not seconds here."""
+    pingpong = ["sh", str(ROOT / "tests/rdma/pingpong.sh")]
+    share = ["--share", str(ROOT / "tests/rdma")]
+    for name, options in [("devices", []), ("devices, 1 ms and 1 % loss", ["--delay", "1ms", "--loss", "1%"])]:
+        print(f"rdma: {name}", flush=True)
+        command = [*VM, "run", "--timeout", "120", *share, *options, "--", *pingpong]
+        code, _ = stream(command, ROOT, LIMIT_S["rdma"])
+        if code:
+            tally.fail(f"rdma: {name}: ended with status {code}")
+        else:
+            tally.add(passed=1)
 
 
 def run_doc_tests(tally):
