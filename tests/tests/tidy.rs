@@ -50,6 +50,10 @@ const READS_ENVIRONMENT: &[(&str, &str)] = &[
         "is told by `tests/run` where the generated checkpoints are",
     ),
     (
+        "engine/tests/vllm_events/server.rs",
+        "is told by `tests/run` where vLLM is",
+    ),
+    (
         "tests/src/fixtures.rs",
         "a test executable is configured by its environment only",
     ),

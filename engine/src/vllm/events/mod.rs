@@ -66,7 +66,7 @@ pub struct EventsConfig {
     /// Where rank 0 answers who missed some: its `replay_endpoint`. Without one, every gap and every
     /// lost connection means to start anew.
     pub replay: Option<Endpoint>,
-    /// Its `topic`. Only messages of exactly this topic are taken.
+    /// Its `topic`, or the beginning of it; empty for all topics.
     pub topic: String,
     /// The rank: of the feed, and of the ports, to which vLLM adds it.
     pub rank: DpRank,
@@ -241,10 +241,12 @@ impl Connection {
         }
     }
 
-    /// Number and payload of a published message of our topic.
+    /// Number and payload of a published message.
     fn live<'a>(&self, frames: &'a [Bytes]) -> Option<(u64, &'a [u8])> {
         match frames {
-            [topic, number, payload] if *topic == self.topic => Some((number_of(number)?, payload)),
+            [topic, number, payload] if topic.starts_with(&self.topic) => {
+                Some((number_of(number)?, payload))
+            }
             _ => None,
         }
     }
