@@ -30,7 +30,7 @@ use clap::{Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::cli::{
-    Cli, ComputeArg, EngineArg, LaneArg, RouterModeArg, TABLE_FLAG, settings_of_file,
+    Cli, Command, ComputeArg, EngineArg, LaneArg, RouterModeArg, TABLE_FLAG, settings_of_file,
 };
 
 /// A whole deployment.
@@ -120,6 +120,15 @@ pub(crate) struct Role {
     /// Further flags of the role's subcommand.
     #[serde(default)]
     pub(crate) args: Vec<String>,
+    /// Program of a vLLM engine.
+    #[serde(default)]
+    pub(crate) vllm_program: Option<PathBuf>,
+    /// Arguments of `vllm serve`, for a worker whose engine that is.
+    #[serde(default)]
+    pub(crate) vllm_args: Vec<String>,
+    /// Variables of the processes, such as `CUDA_VISIBLE_DEVICES`.
+    #[serde(default)]
+    pub(crate) variables: BTreeMap<String, String>,
 }
 
 /// What a role is.
@@ -141,6 +150,8 @@ pub(crate) struct ProcessSpec {
     pub(crate) kind: RoleKind,
     /// Arguments of the `blockplane` binary.
     pub(crate) argv: Vec<String>,
+    /// Added to its environment.
+    pub(crate) variables: BTreeMap<String, String>,
 }
 
 /// Everything the launcher needs to run one node.
@@ -231,12 +242,21 @@ impl Deployment {
                 }
             };
             argv.extend(role.args.iter().cloned());
-            Cli::try_parse_from(std::iter::once("blockplane".to_owned()).chain(argv.clone()))
+            if !role.vllm_args.is_empty() {
+                argv.push("--".to_owned());
+                argv.extend(role.vllm_args.iter().cloned());
+            }
+            let line = std::iter::once("blockplane".to_owned()).chain(argv.clone());
+            let parsed = Cli::try_parse_from(line)
                 .map_err(|error| anyhow::anyhow!("{}", first_paragraph(&error.to_string())))?;
+            if let Command::Worker(worker) = parsed.command {
+                worker.check_engine()?;
+            }
             out.push(ProcessSpec {
                 name,
                 kind: role.role,
                 argv,
+                variables: role.variables.clone(),
             });
         }
         Ok(())
@@ -253,6 +273,8 @@ impl Deployment {
             ("data_parallel_size", role.data_parallel_size.is_some()),
             ("lanes", !role.lanes.is_empty()),
             ("kvbm", !role.kvbm.is_empty()),
+            ("vllm_program", role.vllm_program.is_some()),
+            ("vllm_args", !role.vllm_args.is_empty()),
         ];
         refuse(&worker_only, "is a worker's setting, not a frontend's")?;
         let mut argv = vec!["frontend".to_owned()];
@@ -301,6 +323,8 @@ impl Deployment {
             "--engine",
             role.engine.as_ref().map(value_name).as_ref(),
         );
+        let program = role.vllm_program.as_ref().map(|path| path.display());
+        flag(&mut argv, "--vllm-program", program.as_ref());
         flag(
             &mut argv,
             "--compute",
@@ -352,6 +376,9 @@ impl Role {
             seed: None,
             kvbm: FileValues::new(),
             args: Vec::new(),
+            vllm_program: None,
+            vllm_args: Vec::new(),
+            variables: BTreeMap::new(),
         }
     }
 
@@ -495,7 +522,7 @@ mod tests {
         );
         let argv =
             std::iter::once("blockplane").chain(plan.processes[1].argv.iter().map(String::as_str));
-        let crate::cli::Command::Worker(worker) = Cli::try_parse_from(argv).unwrap().command else {
+        let Command::Worker(worker) = Cli::try_parse_from(argv).unwrap().command else {
             panic!("a prefill role is a worker");
         };
         let settings = worker.kvbm.settings_without_variables().unwrap();

@@ -16,6 +16,7 @@ mod role;
 mod supervise;
 mod telemetry;
 mod view;
+mod vllm;
 mod wiring;
 
 use std::process::ExitCode;
@@ -38,10 +39,10 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Up(args) => node::up(args),
+        Command::Up(args) => node::up(*args),
         Command::Launch(args) => node::launch(&args),
         Command::Frontend(args) => role::frontend::run(args),
-        Command::Worker(args) => role::worker::run(args),
+        Command::Worker(args) => role::worker::run(*args),
         Command::Chat(args) => chat::run(args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => {
@@ -49,6 +50,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Model(command) => hub::run(command),
         Command::Kvbm(command) => kvbm::run(command),
+        Command::VllmGuard(args) => vllm::guard::run(args),
         Command::Completions(args) => Ok(cli::docs::completions(&args)),
         Command::Man(args) => cli::docs::man(&args),
         Command::Selftest(args) => blockplane_bench::selftest::run(args, kernels::config()),

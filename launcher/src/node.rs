@@ -70,6 +70,22 @@ fn built_in_deployment(args: UpArgs, model: PathBuf, run_dir: &Path) -> anyhow::
         args.prefill.unwrap_or(0),
         mode_name(args.mode)
     );
+    let by_prefix = matches!(
+        args.mode,
+        UpMode::AggRouter | UpMode::DisaggRouter | UpMode::Dep
+    );
+    let without_cache = args.vllm_args.iter().any(|word| {
+        matches!(
+            word.replace('_', "-").as_str(),
+            "--no-enable-prefix-caching"
+        )
+    });
+    ensure!(
+        !(by_prefix && without_cache),
+        "mode {} routes by cached prefixes, and --no-enable-prefix-caching leaves none; use --mode agg or \
+         disagg, or leave it out",
+        mode_name(args.mode)
+    );
     let router_mode = match args.mode {
         UpMode::Agg | UpMode::Disagg => RouterModeArg::RoundRobin,
         UpMode::AggRouter | UpMode::DisaggRouter | UpMode::Dep => RouterModeArg::Kv,
@@ -90,11 +106,13 @@ fn built_in_deployment(args: UpArgs, model: PathBuf, run_dir: &Path) -> anyhow::
         let mut role = Role {
             count,
             engine: Some(args.engine),
-            compute: Some(args.compute),
+            compute: args.compute,
             threads: args.threads,
             block_size: args.block_size,
             blocks: args.blocks,
             lanes: args.lanes.clone(),
+            vllm_program: args.vllm_program.clone(),
+            vllm_args: args.vllm_args.clone(),
             args: vec!["--grace".to_owned(), grace.clone()],
             ..Role::new(kind)
         };

@@ -290,9 +290,13 @@ impl Keeper {
     }
 
     fn spawn(&self) -> anyhow::Result<Child> {
+        // Arguments for vLLM may follow, behind which nothing is ours.
+        let (subcommand, arguments) = self.spec.argv.split_at(1.min(self.spec.argv.len()));
         Command::new(&self.binary)
-            .args(&self.spec.argv)
+            .args(subcommand)
             .arg("--exit-with-parent")
+            .args(arguments)
+            .envs(&self.spec.variables)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -5,11 +5,13 @@
 //!
 //! * `client`, `request`, `answer`: HTTP, our requests in vLLM's words, its answers in ours.
 //! * `run`: one request from start to end; `handoff`: its prompt computed on another server.
+//! * [`arguments`]: the command line of a server that is started.
 //! * `facts`: what the server says of itself, and what the checkpoint says.
 //! * [`events`]: its KV events, as an event feed.
 //! * `server`, `keeper`: the process, its health, its restarts. `load`, `metrics`: its load.
 
 mod answer;
+pub mod arguments;
 mod client;
 pub mod events;
 mod facts;
@@ -55,10 +57,14 @@ use crate::{
     stream::{PrefillTicket, TokenStream, prefill_channel, token_channel},
 };
 pub use client::HttpError;
+use events::{Endpoint, EndpointError, EventsConfig, VllmEvents};
 pub use facts::{Route, ServerFacts};
 pub use handoff::RemotePrefillConfig;
 pub use keeper::HealthConfig;
 pub use server::{OnLog, ServerCommand};
+
+/// KV events kept for each rank for subscribers that are behind.
+const EVENTS_MAX: usize = 65_536;
 
 /// Configuration of a [`VllmEngine`].
 #[derive(Clone, Debug)]
@@ -74,6 +80,8 @@ pub struct VllmConfig {
     pub source: VllmSource,
     /// Tokens per KV block that the server has to have; any when `None`.
     pub block_tokens: Option<u32>,
+    /// Where it publishes KV events; without it routers know nothing of its cache.
+    pub events: Option<EventsSource>,
     /// The server orders requests by priority: it was started with `--scheduling-policy priority`.
     pub by_priority: bool,
     /// The way to prefill workers, for a decode worker; without it the server computes all prompts.
@@ -91,6 +99,17 @@ pub enum VllmSource {
     Start(ServerCommand),
     /// Somebody else keeps it, at `http://HOST:PORT`.
     Attach(String),
+}
+
+/// Where a server publishes KV events.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EventsSource {
+    /// Of rank 0; `tcp://HOST:PORT` (each further rank has the next port) or `ipc://PATH`.
+    pub endpoint: String,
+    /// Where rank 0 answers who missed some, if it does.
+    pub replay: Option<String>,
+    /// Their topic.
+    pub topic: String,
 }
 
 /// Why a vLLM server cannot be used.
@@ -128,6 +147,9 @@ pub enum VllmError {
         /// Why.
         reason: String,
     },
+    /// Its KV events are nowhere.
+    #[error("vLLM's KV events: {0}")]
+    Events(#[from] EndpointError),
     /// It is not what is needed.
     #[error("this vLLM server cannot be used: {reason}")]
     Unfit {
@@ -143,6 +165,8 @@ pub struct VllmEngine {
     runtime: Handle,
     orders: watch::Sender<Order>,
     keeper: Mutex<Option<JoinHandle<()>>>,
+    /// Of each rank, in their order; none when the server publishes none.
+    events: Vec<VllmEvents>,
     draining: watch::Sender<Drain>,
 }
 
@@ -192,6 +216,7 @@ impl VllmConfig {
             checkpoint: checkpoint.into(),
             source,
             block_tokens: None,
+            events: None,
             by_priority: false,
             remote: None,
             health: HealthConfig::default(),
@@ -234,6 +259,10 @@ impl VllmEngine {
             "vLLM is ready"
         );
         let layout = checkpoint.layout(facts.block_tokens);
+        let events = match &config.events {
+            Some(source) => follow(source, &facts, &config.runtime)?,
+            None => Vec::new(),
+        };
         let identity = facts.identity(&config.model_name);
         let info = EngineInfo {
             model_fingerprint: xxh3_64(identity.as_bytes()),
@@ -275,6 +304,7 @@ impl VllmEngine {
             runtime: config.runtime,
             orders,
             keeper: Mutex::new(Some(keeper)),
+            events,
             draining: watch::Sender::new(Drain::No),
         }))
     }
@@ -297,6 +327,12 @@ impl VllmEngine {
                 () = work => {}
             }
         });
+    }
+
+    /// How well the KV events of each rank are followed; nothing when the server publishes none.
+    #[must_use]
+    pub fn events_status(&self) -> Vec<events::EventsStatus> {
+        self.events.iter().map(VllmEvents::status).collect()
     }
 
     /// Whether a request may start now; then it is in the books.
@@ -353,8 +389,8 @@ impl Engine for VllmEngine {
         self.shared.load.reports()
     }
 
-    fn events(&self, _rank: DpRank) -> Option<EventFeed> {
-        None
+    fn events(&self, rank: DpRank) -> Option<EventFeed> {
+        Some(self.events.get(rank.0 as usize)?.feed())
     }
 
     fn drain(&self, grace: Duration) -> BoxFuture<'static, ()> {
@@ -486,6 +522,31 @@ impl ServerFacts {
             reason: format!("it came back as another one: it was {self:?} and is {now:?}"),
         })
     }
+}
+
+/// Follows the events of all ranks.
+fn follow(
+    source: &EventsSource,
+    facts: &ServerFacts,
+    runtime: &Handle,
+) -> Result<Vec<VllmEvents>, VllmError> {
+    let endpoint: Endpoint = source.endpoint.parse()?;
+    let replay = source.replay.as_deref().map(str::parse::<Endpoint>);
+    let replay = replay.transpose()?;
+    let one = |rank| {
+        let config = EventsConfig {
+            endpoint: endpoint.clone(),
+            replay: replay.clone(),
+            topic: source.topic.clone(),
+            rank: DpRank(rank),
+            block_tokens: facts.block_tokens,
+            // Tiers of vLLM's own, below its pool, may hold some times as much.
+            blocks_max: (facts.blocks as usize).saturating_mul(8).max(1 << 16),
+            events_max: EVENTS_MAX,
+        };
+        VllmEvents::start(config, runtime).map_err(VllmError::from)
+    };
+    (0..facts.dp_size).map(one).collect()
 }
 
 fn default_canary() -> GenerateRequest {

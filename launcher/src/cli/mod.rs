@@ -7,6 +7,7 @@ mod frontend;
 mod hub;
 mod kvbm;
 mod node;
+mod vllm;
 mod worker;
 
 use clap::{Parser, Subcommand};
@@ -16,7 +17,11 @@ pub(crate) use frontend::{FrontendArgs, RouterModeArg};
 pub(crate) use hub::{FetchArgs, HubArgs, ModelCommand};
 pub(crate) use kvbm::{KvbmArgs, TABLE_FLAG, settings_of_file};
 pub(crate) use node::{DoctorArgs, LaunchArgs, UpArgs, UpMode};
+pub(crate) use vllm::{GuardArgs, VllmArgs};
 pub(crate) use worker::{ComputeArg, EngineArg, LaneArg, WorkerArgs};
+
+/// The subcommand below which a worker runs vLLM.
+pub(crate) const GUARD: &str = "vllm-guard";
 
 /// Moves, keeps and finds KV-cache blocks, and serves LLMs from them.
 #[derive(Debug, Parser)]
@@ -42,13 +47,13 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Serve a model on this machine: frontend, router and workers, each its own process.
-    Up(UpArgs),
+    Up(Box<UpArgs>),
     /// Start and supervise what a deployment file assigns to one node.
     Launch(LaunchArgs),
     /// Run an OpenAI-compatible frontend with its router.
     Frontend(FrontendArgs),
     /// Run one worker.
-    Worker(WorkerArgs),
+    Worker(Box<WorkerArgs>),
     /// Talk to a model that is served, and see what each answer cost.
     Chat(ChatArgs),
     /// Report what this machine offers, what is used, and what to do about what is missing.
@@ -61,6 +66,9 @@ pub(crate) enum Command {
     /// Tune the KV cache below the GPU.
     #[command(subcommand)]
     Kvbm(crate::kvbm::KvbmCommand),
+    /// Run vLLM in a process group that ends with our standard input.
+    #[command(name = GUARD, hide = true)]
+    VllmGuard(GuardArgs),
     /// Print the completions of a shell: `source <(blockplane completions bash)`.
     Completions(docs::CompletionsArgs),
     /// Print the manual page, or write the pages of all commands.

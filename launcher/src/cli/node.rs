@@ -62,9 +62,9 @@ pub(crate) struct UpArgs {
     /// What computes.
     #[arg(help_heading = "Engine", long, value_enum, default_value_t)]
     pub(crate) engine: EngineArg,
-    /// Arithmetic of the native engine.
-    #[arg(help_heading = "Engine", long, value_enum, default_value_t)]
-    pub(crate) compute: ComputeArg,
+    /// Arithmetic of the native engine; bf16 when absent.
+    #[arg(help_heading = "Engine", long, value_enum)]
+    pub(crate) compute: Option<ComputeArg>,
     /// Compute threads of each worker; all cores when absent.
     #[arg(help_heading = "Engine", long)]
     pub(crate) threads: Option<usize>,
@@ -114,6 +114,12 @@ pub(crate) struct UpArgs {
     pub(crate) grace: Duration,
     #[command(flatten)]
     pub(crate) hub: HubArgs,
+    /// vLLM's program.
+    #[arg(help_heading = "Engine", long, value_name = "PROGRAM")]
+    pub(crate) vllm_program: Option<PathBuf>,
+    /// Arguments of `vllm serve`, the same for every worker.
+    #[arg(help_heading = "Engine", last = true, value_name = "VLLM ARGUMENTS")]
+    pub(crate) vllm_args: Vec<String>,
 }
 
 #[derive(Clone, Debug, Args)]

@@ -30,6 +30,8 @@ pub(crate) enum EngineArg {
     Native,
     /// A timing model with real KV blocks and made-up tokens.
     Mock,
+    /// A vLLM server, which is started and kept; its arguments go behind `--`.
+    Vllm,
 }
 
 /// Arithmetic of the native engine.
@@ -108,9 +110,9 @@ pub(crate) struct WorkerArgs {
     /// Compute threads; all cores when absent.
     #[arg(help_heading = "Engine", long)]
     pub(crate) threads: Option<usize>,
-    /// Tokens per KV block.
-    #[arg(help_heading = "KV blocks", long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    pub(crate) block_size: u32,
+    /// Tokens per KV block; 16 when absent, with vLLM its own choice.
+    #[arg(help_heading = "KV blocks", long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) block_size: Option<u32>,
     /// KV blocks of each rank's pool; sized by `--kv-gb` when absent.
     #[arg(help_heading = "KV blocks", long, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) blocks: Option<u32>,
@@ -126,9 +128,9 @@ pub(crate) struct WorkerArgs {
     /// Requests that may wait, per rank; more are answered as overload.
     #[arg(help_heading = "Engine", long, default_value_t = 256)]
     pub(crate) max_waiting: usize,
-    /// Data-parallel ranks behind this worker.
-    #[arg(help_heading = "Engine", long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub(crate) data_parallel_size: u32,
+    /// Data-parallel ranks behind this worker; 1 when absent.
+    #[arg(help_heading = "Engine", long, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) data_parallel_size: Option<u32>,
     /// Do not reuse KV between requests.
     #[arg(help_heading = "KV blocks", long)]
     pub(crate) no_prefix_caching: bool,
@@ -165,9 +167,21 @@ pub(crate) struct WorkerArgs {
     pub(crate) exit_with_parent: bool,
     #[command(flatten)]
     pub(crate) hub: super::HubArgs,
+    #[command(flatten)]
+    pub(crate) vllm: super::VllmArgs,
 }
 
 impl WorkerArgs {
+    /// Tokens per KV block of an engine of our own.
+    pub(crate) fn block_tokens(&self) -> u32 {
+        self.block_size.unwrap_or(16)
+    }
+
+    /// Data-parallel ranks of an engine of our own.
+    pub(crate) fn ranks(&self) -> u32 {
+        self.data_parallel_size.unwrap_or(1)
+    }
+
     /// The role, by either of its flags.
     pub(crate) const fn worker_role(&self) -> WorkerRole {
         match self.role {

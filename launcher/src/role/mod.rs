@@ -68,7 +68,7 @@ async fn stop_requested(exit_with_parent: bool) -> anyhow::Result<&'static str> 
 }
 
 /// Completes when standard input, a pipe whose other end the launcher holds, is closed.
-async fn parent_gone(watched: bool) -> anyhow::Result<()> {
+pub(crate) async fn parent_gone(watched: bool) -> anyhow::Result<()> {
     if !watched {
         return std::future::pending().await;
     }

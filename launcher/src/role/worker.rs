@@ -17,7 +17,6 @@ use blockplane_runtime::{
     lifecycle::{ShutdownGate, ShutdownPlan},
     rpc::{RpcClient, RpcClientConfig, RpcServer, RpcServerConfig},
 };
-use blockplane_transfer::Agent;
 
 use super::{Reporter, finish, runtime, stop_requested};
 use crate::{
@@ -26,10 +25,11 @@ use crate::{
     hub::{self, LocalModel},
     kvbm::observe,
     supervise::Report,
+    vllm,
     wiring::{
         descriptor::{GENERATE, WorkerDescriptor},
         engines, handlers,
-        network::{agent_config, bind_address},
+        network::bind_address,
         peers::{self, KvPeer},
         prefill::RpcPrefill,
         tiers,
@@ -41,6 +41,7 @@ const TIERS_STOP: Duration = Duration::from_secs(2);
 
 /// Runs a worker until it is told to stop.
 pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<ExitCode> {
+    args.check_engine()?;
     let kvbm = args.kvbm.settings()?;
     for note in &kvbm.notes {
         tracing::warn!("{note}");
@@ -48,6 +49,7 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<ExitCode> {
     let runtime = runtime()?;
     let outcome = runtime.block_on(serve(args, kvbm));
     finish(runtime);
+    vllm::clean_up();
     outcome.map(|()| ExitCode::SUCCESS)
 }
 
@@ -66,7 +68,6 @@ async fn serve(args: WorkerArgs, kvbm: KvbmSettings) -> anyhow::Result<()> {
         };
         let discovery =
             FileDiscovery::new(FileDiscoveryConfig::new(args.discovery.discovery.clone()))?;
-        let agent = agent(&args, &identity)?;
         let remote = match identity.role {
             WorkerRole::Decode => {
                 let watch = discovery.watch(identity.endpoint.namespace()).await?;
@@ -86,7 +87,7 @@ async fn serve(args: WorkerArgs, kvbm: KvbmSettings) -> anyhow::Result<()> {
             role: identity.role,
             model_dir: identity.model_dir.clone(),
             model_name: identity.model_name.clone(),
-            agent,
+            agent: identity.id.to_string(),
             remote,
             runtime: tokio::runtime::Handle::current(),
             kvbm,
@@ -274,9 +275,4 @@ impl Identity {
             info.layout.block_tokens,
         )
     }
-}
-
-fn agent(args: &WorkerArgs, identity: &Identity) -> anyhow::Result<Agent> {
-    let config = agent_config(args, identity.id.to_string())?;
-    Agent::new(config).context("the transfer agent cannot be started")
 }

@@ -26,7 +26,8 @@ pub(crate) struct Settings {
     pub(crate) role: WorkerRole,
     pub(crate) model_dir: PathBuf,
     pub(crate) model_name: String,
-    pub(crate) agent: Agent,
+    /// Name of the transfer agent of an engine that needs one.
+    pub(crate) agent: String,
     /// The way to prefill workers, for a decode worker.
     pub(crate) remote: Option<Arc<RpcPrefill>>,
     /// Where the hand-offs run.
@@ -47,6 +48,7 @@ pub(crate) fn start(settings: &Settings) -> anyhow::Result<Started> {
     match settings.args.engine {
         EngineArg::Native => native(settings),
         EngineArg::Mock => mock(settings),
+        EngineArg::Vllm => Ok((crate::vllm::start(settings)?, None)),
     }
 }
 
@@ -69,7 +71,7 @@ fn native(settings: &Settings) -> anyhow::Result<Started> {
     let below = below(
         settings,
         &config,
-        model.kv_layout(args.block_size),
+        model.kv_layout(args.block_tokens()),
         fingerprint,
     )?;
     config.tiers = below.as_ref().map(|below| below.handle.clone());
@@ -96,7 +98,7 @@ fn mock(settings: &Settings) -> anyhow::Result<Started> {
     let below = below(
         settings,
         &engine,
-        model.kv_layout(args.block_size),
+        model.kv_layout(args.block_tokens()),
         fingerprint,
     )?;
     engine.tiers = below.as_ref().map(|below| below.handle.clone());
@@ -145,10 +147,12 @@ fn below(
 fn engine_config(settings: &Settings) -> anyhow::Result<NativeConfig> {
     let args = &settings.args;
     let name = settings.model_name.clone();
-    let mut config = NativeConfig::new(name, settings.role, settings.agent.clone());
-    config.block_tokens = args.block_size;
+    let agent = Agent::new(agent_config(args, settings.agent.clone())?)
+        .context("the transfer agent cannot be started")?;
+    let mut config = NativeConfig::new(name, settings.role, agent);
+    config.block_tokens = args.block_tokens();
     config.pool = pool_size(args)?;
-    config.dp_size = args.data_parallel_size;
+    config.dp_size = args.ranks();
     config.prefix_caching = !args.no_prefix_caching;
     config.eviction = settings.kvbm.device_eviction.value;
     config.scheduler = SchedulerConfig {
@@ -171,7 +175,7 @@ fn pool_size(args: &WorkerArgs) -> anyhow::Result<PoolSize> {
         gb.is_finite() && gb > 0.0,
         "--kv-gb is {gb}; accepted: more than 0, in GB (10^9 bytes)"
     );
-    let bytes = gb * 1e9 / f64::from(args.data_parallel_size);
+    let bytes = gb * 1e9 / f64::from(args.ranks());
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,

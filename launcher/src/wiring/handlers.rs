@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use blockplane_engine::Engine;
+use blockplane_engine::{Engine, Health};
 use blockplane_kvbm::{EventFeed, KvBatch};
 use blockplane_protocol::{
     DpRank, ErrorKind, GenerateError, GenerateRequest, LoadReport, PrefillJob, WorkerId, codec,
@@ -87,6 +87,10 @@ fn feed(worker: WorkerId, engine: Arc<dyn Engine>) -> Arc<dyn Handler> {
                 let message = format!("worker {meant} has left; this is worker {worker}");
                 return Err(GenerateError::new(ErrorKind::WorkerLost, message));
             }
+            // A worker is routed to while its feed is followed.
+            if let Some(error) = unhealthy(engine.as_ref()) {
+                return Err(error);
+            }
             let events: Vec<ResponseStream> = (0..engine.info().dp_size)
                 .map(DpRank)
                 .filter_map(|rank| {
@@ -99,6 +103,14 @@ fn feed(worker: WorkerId, engine: Arc<dyn Engine>) -> Arc<dyn Handler> {
             Ok(Box::pin(stream::select(loads, stream::select_all(events))) as ResponseStream)
         }
     })
+}
+
+/// Why nothing shall be sent to a worker now, if so.
+fn unhealthy(engine: &dyn Engine) -> Option<GenerateError> {
+    match engine.health() {
+        Health::Unhealthy { reason } => Some(GenerateError::new(ErrorKind::Unavailable, reason)),
+        Health::Ready | Health::Draining | Health::Stopped => None,
+    }
 }
 
 /// The events of one rank after number `last`, or a snapshot and what follows it.
@@ -119,7 +131,8 @@ fn rank_events(feed: &EventFeed, rank: DpRank, last: Option<u64>) -> ResponseStr
     Box::pin(items.flatten())
 }
 
-/// The load of all ranks now, then on change, and from time to time as a sign of life.
+/// The load of all ranks now, then on change, and from time to time as a sign of life. Ends the feed
+/// when the engine does not work any more, so that nothing is sent to the worker until it does.
 fn load_reports(engine: Arc<dyn Engine>) -> ResponseStream {
     struct Reporting {
         engine: Arc<dyn Engine>,
@@ -138,6 +151,9 @@ fn load_reports(engine: Arc<dyn Engine>) -> ResponseStream {
     Box::pin(stream::unfold(state, |mut state| async move {
         loop {
             let now = state.ticks.tick().await;
+            if let Some(error) = unhealthy(state.engine.as_ref()) {
+                return Some((Err(error), state));
+            }
             let load = state.engine.load();
             if load != state.last || now >= state.repeat_at {
                 state.repeat_at = now + LOAD_REPEAT;
