@@ -62,8 +62,10 @@ pub(super) struct XferList {
 #[pymethods]
 impl XferList {
     #[new]
-    #[pyo3(signature = (r#type=Memory::Dram, descs=None))]
-    fn new(r#type: Memory, descs: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+    #[pyo3(signature = (r#type=Memory::Dram, descs=None, sorted=false))]
+    fn new(r#type: Memory, descs: Option<&Bound<'_, PyAny>>, sorted: bool) -> PyResult<Self> {
+        // Of older versions of the interface; order does not matter.
+        let _ = sorted;
         let rows = match descs {
             None => Vec::new(),
             Some(descs) => match descs.cast::<PyList>() {
@@ -181,8 +183,10 @@ fn info(object: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
 #[pymethods]
 impl RegList {
     #[new]
-    #[pyo3(signature = (r#type=Memory::Dram, descs=None))]
-    fn new(r#type: Memory, descs: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+    #[pyo3(signature = (r#type=Memory::Dram, descs=None, sorted=false))]
+    fn new(r#type: Memory, descs: Option<&Bound<'_, PyAny>>, sorted: bool) -> PyResult<Self> {
+        // Of older versions of the interface; order does not matter.
+        let _ = sorted;
         let mut list = Self {
             memory: r#type,
             rows: Vec::new(),
@@ -330,8 +334,10 @@ fn remote_row(desc: &Bound<'_, PyAny>) -> PyResult<(Row, String)> {
 #[pymethods]
 impl RemoteList {
     #[new]
-    #[pyo3(signature = (r#type=Memory::Dram, descs=None))]
-    fn new(r#type: Memory, descs: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+    #[pyo3(signature = (r#type=Memory::Dram, descs=None, sorted=false))]
+    fn new(r#type: Memory, descs: Option<&Bound<'_, PyAny>>, sorted: bool) -> PyResult<Self> {
+        // Of older versions of the interface; order does not matter.
+        let _ = sorted;
         let rows = match descs {
             None => Vec::new(),
             Some(descs) => match descs.cast::<PyList>() {

@@ -165,7 +165,7 @@ class nixl_agent:
         config.useListenThread = conf.enable_listen
         config.listenPort = conf.port
         config.syncMode = sync_mode.value
-        config.captureTelemetry = conf.capture_telemetry
+        config.captureTelemetry = bool(conf.capture_telemetry)
         self.agent = _bindings.nixlAgent(agent_name, config)
         self.name = agent_name
         self.notifs: dict[str, list[bytes]] = {}
