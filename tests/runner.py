@@ -60,7 +60,7 @@ GROUPS = {
     "e2e": "whole deployments of real processes",
     "faults": "processes killed, stopped and cut off; seeded schedules; leaks; liars",
     "hosts": "two hosts, as network namespaces, with a wire that is cut",
-    "python": "the OpenAI client against a running deployment",
+    "python": "the OpenAI client against a running deployment; the Python packages",
     "gpu": "GPUs, where there are any: blockplane selftest gpu",
     "rdma": "RDMA between two Soft-RoCE devices, in a virtual machine",
     "vllm": "a real vLLM on the processor behind blockplane; installs 6 GB once per machine",
@@ -194,6 +194,7 @@ def run_groups(groups, tally):
                 if not browser_ready:
                     print(f"the status page is not tested in a browser: {browser.reason}")
                 timed("python", lambda: run_python(executables["binary"], tally))
+                timed("python: packages", lambda: run_packages(tally))
             else:
                 print(f"SKIPPED python: {python.reason}")
                 tally.add(skipped=1)
@@ -565,6 +566,39 @@ def run_python(binary, tally):
             except subprocess.TimeoutExpired:
                 deployment.kill()
                 tally.fail("python: the deployment did not stop")
+
+
+def run_packages(tally):
+    """Builds the wheels, installs them and runs their tests."""
+    built = subprocess.run(
+        [sys.executable, "python/build"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if built.returncode:
+        output = (built.stdout + built.stderr).strip()
+        if "pip" in output and ("No matching distribution" in output or "connection" in output):
+            print(f"SKIPPED python: packages: maturin cannot be had: {output.splitlines()[-1]}")
+            tally.add(skipped=1)
+        else:
+            print(output[-4000:])
+            tally.fail("python: packages: python/build")
+        return
+    print(built.stdout.strip().splitlines()[-2])
+    target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+    site = target / "python-packages"
+    shutil.rmtree(site, ignore_errors=True)
+    uv = shutil.which("uv") or str(VENV / "bin/uv")
+    wheels = sorted(map(str, (target / "wheels").glob("*.whl")))
+    command = [uv, "pip", "install", "-q", "--no-deps", "--target", str(site), *wheels]
+    code, output = stream([*command, "--python", str(VENV / "bin/python")], ROOT, 120)
+    if code:
+        tally.fail("python: packages: the wheels cannot be installed")
+        return
+    # Not into the environment, which is kept: it is as good as before.
+    environment = dict(os.environ, PYTHONPATH=str(site))
+    command = [str(VENV / "bin/python"), "-m", "pytest", "-q", "-ra", "python/tests"]
+    command += ["-p", "no:cacheprovider"]
+    code, output = stream(command, ROOT, 600, environment)
+    count_pytest(code, output, tally)
 
 
 def first_url(deployment, log):

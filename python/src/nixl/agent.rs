@@ -1,6 +1,11 @@
 //! `nixlAgent`: NIXL's agent for Python. Converts arguments, lets other threads of Python run while
 //! something may wait, and leaves the rest to [`Core`].
 
+#![expect(
+    clippy::needless_pass_by_value,
+    reason = "arguments are converted from objects of Python"
+)]
+
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,7 +19,7 @@ use super::backend::Backend;
 use super::core::{Core, Options};
 use super::dlist::{RegList, XferList};
 use super::error::Fault;
-use super::input;
+use super::input::{self, Name};
 use super::kinds::{Config, Cost, Direction, Memory, Status, Telemetry};
 use super::listen::{self, Listener};
 use super::memory::path_of;
@@ -55,12 +60,11 @@ impl Agent {
     ))]
     #[expect(
         clippy::too_many_arguments,
-        clippy::needless_pass_by_value,
         reason = "keywords of a constructor in Python"
     )]
     fn new(
         py: Python<'_>,
-        name: &str,
+        name: Name,
         config: Config,
         host: Option<std::net::IpAddr>,
         deadline_s: f64,
@@ -81,7 +85,7 @@ impl Agent {
             kernel_cache,
         };
         let start = || -> Result<Self, Fault> {
-            let core = Arc::new(Core::new(name, config.captureTelemetry, options)?);
+            let core = Arc::new(Core::new(&name, config.captureTelemetry, options)?);
             let listener = config
                 .useListenThread
                 .then(|| Listener::start(&core, config.listenPort))
@@ -99,9 +103,9 @@ impl Agent {
 
     #[expect(clippy::unused_self, reason = "a method of the agent in NIXL")]
     #[pyo3(name = "getPluginParams")]
-    fn plugin_parameters(&self, name: &str) -> PyResult<Parameters> {
-        let backend = Backend::from_name(name)
-            .ok_or_else(|| Fault::NotFound(format!("there is no plugin {name:?}")))?;
+    fn plugin_parameters(&self, name: Name) -> PyResult<Parameters> {
+        let backend = Backend::from_name(&name)
+            .ok_or_else(|| Fault::NotFound(format!("there is no plugin {:?}", &*name)))?;
         Ok((HashMap::new(), names(backend.memories())))
     }
 
@@ -109,11 +113,11 @@ impl Agent {
     #[pyo3(name = "createBackend", signature = (name, parameters=None))]
     fn create_backend(
         &self,
-        name: &str,
+        name: Name,
         parameters: Option<HashMap<String, String>>,
     ) -> PyResult<u64> {
         drop(parameters);
-        Ok(self.core.create_backend(name)?.handle())
+        Ok(self.core.create_backend(&name)?.handle())
     }
 
     #[pyo3(name = "getBackendParams")]
@@ -126,10 +130,6 @@ impl Agent {
     }
 
     #[pyo3(name = "registerMem", signature = (descs, backends=Vec::new()))]
-    #[expect(
-        clippy::needless_pass_by_value,
-        reason = "converted from a list of Python"
-    )]
     fn register(
         &self,
         py: Python<'_>,
@@ -143,10 +143,6 @@ impl Agent {
     }
 
     #[pyo3(name = "deregisterMem", signature = (descs, backends=Vec::new()))]
-    #[expect(
-        clippy::needless_pass_by_value,
-        reason = "converted from a list of Python"
-    )]
     fn deregister(
         &self,
         py: Python<'_>,
@@ -182,23 +178,15 @@ impl Agent {
     }
 
     #[pyo3(name = "makeConnection", signature = (agent, backends=Vec::new()))]
-    #[expect(
-        clippy::needless_pass_by_value,
-        reason = "converted from a list of Python"
-    )]
-    fn connect(&self, py: Python<'_>, agent: &str, backends: Vec<u64>) -> PyResult<Status> {
+    fn connect(&self, py: Python<'_>, agent: Name, backends: Vec<u64>) -> PyResult<Status> {
         self.core.backends(&backends)?;
-        py.detach(|| self.core.peer(agent))?;
+        py.detach(|| self.core.peer(&agent))?;
         Ok(Status::Success)
     }
 
     /// `(agent, list, backends=[])`, `(list, backends=[])` for this agent, or
     /// `(agent, memory, array of N x 5, backends=[])`.
     #[pyo3(name = "prepXferDlist", signature = (*arguments, backend=None))]
-    #[expect(
-        clippy::needless_pass_by_value,
-        reason = "converted from a list of Python"
-    )]
     fn prepare_list(
         &self,
         py: Python<'_>,
@@ -225,7 +213,13 @@ impl Agent {
             [agent, list, ..] if list.is_instance_of::<XferList>() => {
                 let list = list.cast::<XferList>()?.try_borrow()?;
                 let rows = list.rows.clone();
-                (agent.extract()?, list.memory, rows, None, backends(2)?)
+                (
+                    agent.extract::<Name>()?.0,
+                    list.memory,
+                    rows,
+                    None,
+                    backends(2)?,
+                )
             }
             [agent, memory, array, ..] => {
                 let strided = input::rows_of_array::<5>(array)?;
@@ -233,7 +227,7 @@ impl Agent {
                     PyValueError::new_err("strided descriptors are an array of shape (N, 5)")
                 })?;
                 (
-                    agent.extract()?,
+                    agent.extract::<Name>()?.0,
                     memory.extract()?,
                     Vec::new(),
                     Some(strided),
@@ -269,11 +263,7 @@ impl Agent {
         operation, local_side, local_indices, remote_side, remote_indices, notif_msg=None,
         backend=Vec::new(), skip_desc_merg=false
     ))]
-    #[expect(
-        clippy::too_many_arguments,
-        clippy::needless_pass_by_value,
-        reason = "the order of NIXL's binding"
-    )]
+    #[expect(clippy::too_many_arguments, reason = "the order of NIXL's binding")]
     fn make(
         &self,
         py: Python<'_>,
@@ -303,18 +293,14 @@ impl Agent {
     #[pyo3(name = "createXferReq", signature = (
         operation, local_descs, remote_descs, remote_agent, notif_msg=None, backend=Vec::new()
     ))]
-    #[expect(
-        clippy::too_many_arguments,
-        clippy::needless_pass_by_value,
-        reason = "the order of NIXL's binding"
-    )]
+    #[expect(clippy::too_many_arguments, reason = "the order of NIXL's binding")]
     fn create(
         &self,
         py: Python<'_>,
         operation: Direction,
         local_descs: &XferList,
         remote_descs: &XferList,
-        remote_agent: &str,
+        remote_agent: Name,
         notif_msg: Option<&Bound<'_, PyAny>>,
         backend: Vec<u64>,
     ) -> PyResult<u64> {
@@ -326,7 +312,7 @@ impl Agent {
             let remote = (remote_memory, &remote[..]);
             let request =
                 self.core
-                    .create(operation, local, remote, remote_agent, message, &backend)?;
+                    .create(operation, local, remote, &remote_agent, message, &backend)?;
             Ok::<_, Fault>(self.core.add_request(request))
         })?)
     }
@@ -381,10 +367,6 @@ impl Agent {
 
     /// Adds what has come to the lists of a dictionary and returns that.
     #[pyo3(name = "getNotifs", signature = (notif_map, backends=Vec::new()))]
-    #[expect(
-        clippy::needless_pass_by_value,
-        reason = "converted from a list of Python"
-    )]
     fn notifications<'py>(
         &self,
         notif_map: Bound<'py, PyDict>,
@@ -407,7 +389,7 @@ impl Agent {
     fn notify(
         &self,
         py: Python<'_>,
-        remote_agent: &str,
+        remote_agent: Name,
         msg: &Bound<'_, PyAny>,
         backends: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Status> {
@@ -420,7 +402,7 @@ impl Agent {
         }
         let message = input::message(msg)?;
         py.detach(|| {
-            let peer = self.core.peer(remote_agent)?;
+            let peer = self.core.peer(&remote_agent)?;
             let deadline = self.core.options.deadline;
             self.core.agent.notify(&peer, message, deadline)?.detach();
             Ok::<_, Fault>(())
@@ -435,10 +417,6 @@ impl Agent {
     }
 
     #[pyo3(name = "getLocalPartialMD", signature = (descs, inc_conn_info=false, backends=Vec::new()))]
-    #[expect(
-        clippy::needless_pass_by_value,
-        reason = "converted from a list of Python"
-    )]
     fn partial_metadata<'py>(
         &self,
         py: Python<'py>,
@@ -462,8 +440,8 @@ impl Agent {
     }
 
     #[pyo3(name = "invalidateRemoteMD")]
-    fn unload(&self, py: Python<'_>, agent: &str) -> Status {
-        if py.detach(|| self.core.unload(agent)) {
+    fn unload(&self, py: Python<'_>, agent: Name) -> Status {
+        if py.detach(|| self.core.unload(&agent)) {
             Status::Success
         } else {
             Status::NotFound
@@ -471,8 +449,8 @@ impl Agent {
     }
 
     #[pyo3(name = "checkRemoteMD")]
-    fn knows(&self, agent: &str, descs: &XferList) -> Status {
-        if self.core.knows(agent, descs.memory, &descs.rows) {
+    fn knows(&self, agent: Name, descs: &XferList) -> Status {
+        if self.core.knows(&agent, descs.memory, &descs.rows) {
             Status::Success
         } else {
             Status::NotFound
@@ -488,56 +466,52 @@ impl Agent {
         })?)
     }
 
-    #[pyo3(name = "sendLocalMD", signature = (ip_addr="", port=0))]
-    fn send(&self, py: Python<'_>, ip_addr: &str, port: u16) -> PyResult<()> {
-        self.call(py, ip_addr, || {
-            listen::push(ip_addr, port, &self.core.metadata(None)?.to_bytes())
+    #[pyo3(name = "sendLocalMD", signature = (ip_addr=Name::none(), port=0))]
+    fn send(&self, py: Python<'_>, ip_addr: Name, port: u16) -> PyResult<()> {
+        self.call(py, &ip_addr, || {
+            listen::push(&ip_addr, port, &self.core.metadata(None)?.to_bytes())
         })
     }
 
     #[pyo3(name = "sendLocalPartialMD", signature = (
-        descs, inc_conn_info=false, backends=Vec::new(), ip_addr="", port=0, label=""
+        descs, inc_conn_info=false, backends=Vec::new(), ip_addr=Name::none(), port=0, label=Name::none()
     ))]
-    #[expect(
-        clippy::too_many_arguments,
-        clippy::needless_pass_by_value,
-        reason = "the order of NIXL's binding"
-    )]
+    #[expect(clippy::too_many_arguments, reason = "the order of NIXL's binding")]
     fn send_part(
         &self,
         py: Python<'_>,
         descs: &RegList,
         inc_conn_info: bool,
         backends: Vec<u64>,
-        ip_addr: &str,
+        ip_addr: Name,
         port: u16,
-        label: &str,
+        label: Name,
     ) -> PyResult<()> {
         let _ = label;
         let blob = self.part(descs, inc_conn_info, &backends)?.to_bytes();
-        self.call(py, ip_addr, || listen::push(ip_addr, port, &blob))
+        self.call(py, &ip_addr, || listen::push(&ip_addr, port, &blob))
     }
 
-    #[pyo3(name = "fetchRemoteMD", signature = (remote_agent, ip_addr="", port=0, label=""))]
+    #[pyo3(name = "fetchRemoteMD", signature = (remote_agent, ip_addr=Name::none(), port=0, label=Name::none()))]
     fn fetch(
         &self,
         py: Python<'_>,
-        remote_agent: &str,
-        ip_addr: &str,
+        remote_agent: Name,
+        ip_addr: Name,
         port: u16,
-        label: &str,
+        label: Name,
     ) -> PyResult<()> {
         let _ = label;
-        self.call(py, ip_addr, || {
-            let blob = listen::fetch(ip_addr, port, remote_agent)?;
+        self.call(py, &ip_addr, || {
+            let blob = listen::fetch(&ip_addr, port, &remote_agent)?;
             self.core.load(&blob).map(drop)
         })
     }
 
-    #[pyo3(name = "invalidateLocalMD", signature = (ip_addr="", port=0))]
-    fn withdraw(&self, py: Python<'_>, ip_addr: &str, port: u16) -> PyResult<()> {
-        self.call(py, ip_addr, || {
-            listen::invalidate(ip_addr, port, self.core.agent.name())
+    #[pyo3(name = "invalidateLocalMD", signature = (ip_addr=Name::none(), port=0))]
+    fn withdraw(&self, py: Python<'_>, ip_addr: Name, port: u16) -> PyResult<()> {
+        self.call(py, &ip_addr, || {
+            listen::invalidate(&ip_addr, port, self.core.agent.name())
         })
     }
 

@@ -420,7 +420,8 @@ impl Core {
 
     pub(super) fn post(&self, handle: u64, message: Vec<u8>) -> Result<Status, Fault> {
         let deadline = self.options.deadline;
-        self.request(handle)?.post(message, deadline, || self.own())
+        let request = self.request(handle)?;
+        request.post(message, &self.agent, deadline, || self.own())
     }
 
     pub(super) fn status(&self, handle: u64) -> Result<Status, Fault> {

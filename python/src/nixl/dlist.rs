@@ -22,6 +22,31 @@ fn decode_row(bytes: &[u8; ROW_BYTES]) -> Row {
     std::array::from_fn(|at| u64::from_le_bytes(numbers[at]))
 }
 
+/// Bytes behind a row, with their number in front.
+fn encode_tail(to: &mut Vec<u8>, tail: &[u8]) {
+    to.extend_from_slice(&(tail.len() as u64).to_le_bytes());
+    to.extend_from_slice(tail);
+}
+
+/// A row with bytes behind it.
+type Tailed = (Row, Vec<u8>);
+
+/// The kind of memory, and rows with bytes behind each.
+fn decode_tailed(state: &[u8]) -> PyResult<(Memory, Vec<Tailed>)> {
+    let (code, mut rest) = state.split_first().ok_or_else(no_state)?;
+    let memory = Memory::from_code(*code).ok_or_else(no_state)?;
+    let mut rows = Vec::new();
+    while !rest.is_empty() {
+        let (row, after) = rest.split_first_chunk::<ROW_BYTES>().ok_or_else(no_state)?;
+        let (len, after) = after.split_first_chunk::<8>().ok_or_else(no_state)?;
+        let len = usize::try_from(u64::from_le_bytes(*len)).map_err(|_| no_state())?;
+        let (tail, after) = after.split_at_checked(len).ok_or_else(no_state)?;
+        rows.push((decode_row(row), tail.to_vec()));
+        rest = after;
+    }
+    Ok((memory, rows))
+}
+
 fn no_state() -> PyErr {
     PyValueError::new_err("this is not the state of a descriptor list")
 }
@@ -293,26 +318,15 @@ impl RegList {
         let mut state = vec![self.memory.code()];
         for (row, info) in self.rows.iter().zip(&self.infos) {
             encode_row(&mut state, row);
-            state.extend_from_slice(&(info.len() as u64).to_le_bytes());
-            state.extend_from_slice(info);
+            encode_tail(&mut state, info);
         }
         PyBytes::new(py, &state)
     }
 
     fn __setstate__(&mut self, state: &[u8]) -> PyResult<()> {
-        let (code, mut rest) = state.split_first().ok_or_else(no_state)?;
-        let memory = Memory::from_code(*code).ok_or_else(no_state)?;
-        let (mut rows, mut infos) = (Vec::new(), Vec::new());
-        while !rest.is_empty() {
-            let (row, after) = rest.split_first_chunk::<ROW_BYTES>().ok_or_else(no_state)?;
-            let (len, after) = after.split_first_chunk::<8>().ok_or_else(no_state)?;
-            let len = usize::try_from(u64::from_le_bytes(*len)).map_err(|_| no_state())?;
-            let (info, after) = after.split_at_checked(len).ok_or_else(no_state)?;
-            rows.push(decode_row(row));
-            infos.push(info.to_vec());
-            rest = after;
-        }
-        (self.memory, self.rows, self.infos) = (memory, rows, infos);
+        let (memory, rows) = decode_tailed(state)?;
+        self.memory = memory;
+        (self.rows, self.infos) = rows.into_iter().unzip();
         Ok(())
     }
 }
@@ -412,12 +426,24 @@ impl RemoteList {
         described("nixlRemoteDList", self.memory, self.rows.len(), &rows)
     }
 
-    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        let rows = self.rows.iter();
-        let rows: Vec<_> = rows
-            .map(|([address, bytes, device], agent)| (*address, *bytes, *device, agent.clone()))
-            .collect();
-        (py.get_type::<Self>(), (self.memory, rows)).into_pyobject(py)
+    fn __getstate__<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        let mut state = vec![self.memory.code()];
+        for (row, agent) in &self.rows {
+            encode_row(&mut state, row);
+            encode_tail(&mut state, agent.as_bytes());
+        }
+        PyBytes::new(py, &state)
+    }
+
+    fn __setstate__(&mut self, state: &[u8]) -> PyResult<()> {
+        let (memory, rows) = decode_tailed(state)?;
+        let named = rows.into_iter().map(|(row, agent)| {
+            let agent = String::from_utf8(agent).map_err(|_| no_state())?;
+            Ok((row, agent))
+        });
+        self.rows = named.collect::<PyResult<_>>()?;
+        self.memory = memory;
+        Ok(())
     }
 }
 

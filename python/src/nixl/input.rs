@@ -1,6 +1,9 @@
 //! What callers hand in: numpy arrays by their array interface, lists of tuples, lists of numbers,
 //! text or bytes.
 
+use std::ops::Deref;
+
+use pyo3::Borrowed;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
@@ -255,6 +258,34 @@ pub(super) fn indices(object: &Bound<'_, PyAny>, side: &str) -> PyResult<Vec<u32
     (0..array.rows)
         .map(|at| narrow(at, number(at)).map_err(PyErr::from))
         .collect()
+}
+
+/// A name: text, or bytes of it, as agents are named by what `loadRemoteMD` returns.
+pub(super) struct Name(pub(super) String);
+
+impl FromPyObject<'_, '_> for Name {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
+        if let Ok(bytes) = object.cast::<PyBytes>() {
+            return Ok(Self(String::from_utf8(bytes.as_bytes().to_vec())?));
+        }
+        Ok(Self(object.cast::<PyString>()?.to_cow()?.into_owned()))
+    }
+}
+
+impl Deref for Name {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Name {
+    pub(super) const fn none() -> Self {
+        Self(String::new())
+    }
 }
 
 /// A message: bytes as they are, text as UTF-8.

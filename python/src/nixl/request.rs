@@ -65,6 +65,7 @@ impl Request {
     pub(super) fn post(
         &self,
         message: Vec<u8>,
+        agent: &Agent,
         deadline: Duration,
         own: impl FnOnce() -> Result<Peer, Fault>,
     ) -> Result<Status, Fault> {
@@ -105,11 +106,7 @@ impl Request {
             post: begun.elapsed(),
         });
         // A failure shows when the state is asked for.
-        Ok(if state.flies() {
-            Status::InProgress
-        } else {
-            Status::Success
-        })
+        Ok(state.settle(agent, deadline).unwrap_or(Status::InProgress))
     }
 
     /// Where it stands; a look at a few words of memory.
@@ -118,20 +115,7 @@ impl Request {
         if state.posted.is_none() {
             return Err(Fault::NotPosted("the request was not posted".to_owned()));
         }
-        let mut status = Status::Success;
-        for transfer in &state.in_flight {
-            match transfer.status() {
-                TransferStatus::InFlight => status = Status::InProgress,
-                TransferStatus::Done => {}
-                TransferStatus::Failed(error) => return Err(error.into()),
-            }
-        }
-        if status == Status::Success
-            && let Some((own, message)) = state.due.take()
-        {
-            agent.notify(&own, message, deadline)?.detach();
-        }
-        Ok(status)
+        state.settle(agent, deadline)
     }
 
     pub(super) fn telemetry(&self) -> Result<Telemetry, Fault> {
@@ -214,6 +198,24 @@ impl Request {
 }
 
 impl State {
+    /// Where it stands. The message of several parts goes when the last of them is done.
+    fn settle(&mut self, agent: &Agent, deadline: Duration) -> Result<Status, Fault> {
+        let mut status = Status::Success;
+        for transfer in &self.in_flight {
+            match transfer.status() {
+                TransferStatus::InFlight => status = Status::InProgress,
+                TransferStatus::Done => {}
+                TransferStatus::Failed(error) => return Err(error.into()),
+            }
+        }
+        if status == Status::Success
+            && let Some((own, message)) = self.due.take()
+        {
+            agent.notify(&own, message, deadline)?.detach();
+        }
+        Ok(status)
+    }
+
     fn flies(&self) -> bool {
         let flies = |transfer: &Transfer| transfer.status() == TransferStatus::InFlight;
         self.in_flight.iter().any(flies)

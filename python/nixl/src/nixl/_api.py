@@ -532,7 +532,7 @@ class nixl_agent:
 
     def check_remote_xfer_done(
         self,
-        remote_agent_name: str,
+        remote_agent_name: str | bytes,
         lookup_tag: bytes,
         backends: Sequence[str] = (),
         tag_is_prefix: bool = True,
@@ -553,7 +553,7 @@ class nixl_agent:
         return False
 
     def send_notif(
-        self, remote_agent_name: str, notif_msg: bytes | str, backend: str | None = None
+        self, remote_agent_name: str | bytes, notif_msg: bytes | str, backend: str | None = None
     ) -> None:
         """Sends a message that belongs to no transfer. Messages to one agent keep their order."""
         handles = [] if backend is None else [self.backends[backend]]
