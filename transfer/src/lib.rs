@@ -363,6 +363,11 @@ mod sync;
 mod window;
 mod wire;
 
+pub use blockplane_rdma_sys::{
+    GidKind, LibraryError, LinkLayer, PortState, RdmaDevice, RdmaGid, RdmaLibrary, RdmaPort,
+    RdmaReport, probe_rdma,
+};
+
 pub use agent::{Agent, LaneInfo, Peer};
 pub use config::{
     AgentConfig, ArenaConfig, ConnectOptions, CudaConfig, DeviceArenaConfig, FaultConfig,

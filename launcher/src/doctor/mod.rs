@@ -6,6 +6,7 @@ mod libraries;
 
 use std::{path::Path, process::ExitCode};
 
+use blockplane_transfer::{RdmaReport, probe_rdma};
 use serde::Serialize;
 
 use self::cuda::Cuda;
@@ -45,11 +46,11 @@ struct Roots<'a> {
     proc: &'a Path,
     sys: &'a Path,
     dev: &'a Path,
-    etc: &'a Path,
-    library_path: String,
     temp: std::path::PathBuf,
     /// What the CUDA driver of this process shows.
     cuda: Cuda,
+    /// What the RDMA libraries of this process show.
+    rdma: RdmaReport,
 }
 
 /// Runs the checks and prints them. The exit status is 0 unless nothing could be served here.
@@ -58,10 +59,9 @@ pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
         proc: Path::new("/proc"),
         sys: Path::new("/sys"),
         dev: Path::new("/dev"),
-        etc: Path::new("/etc"),
-        library_path: library_path(),
         temp: std::env::temp_dir(),
         cuda: Cuda::here(),
+        rdma: probe_rdma(),
     };
     let findings = examine(&roots);
     if args.json {
@@ -83,14 +83,6 @@ pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
     })
 }
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "the launcher is where the environment is read"
-)]
-fn library_path() -> String {
-    std::env::var("LD_LIBRARY_PATH").unwrap_or_default()
-}
-
 fn examine(roots: &Roots<'_>) -> Vec<Finding> {
     let mut findings = vec![
         host::cores(roots),
@@ -105,7 +97,7 @@ fn examine(roots: &Roots<'_>) -> Vec<Finding> {
     ];
     findings.extend(host::disks(roots));
     findings.extend(cuda::findings(roots));
-    findings.extend([libraries::ucx(roots), libraries::verbs(roots)]);
+    findings.extend(libraries::findings(roots));
     findings
 }
 
@@ -146,20 +138,14 @@ mod tests {
     }
 
     fn findings(root: &Path) -> Vec<Finding> {
-        let (proc, sys, dev, etc) = (
-            root.join("proc"),
-            root.join("sys"),
-            root.join("dev"),
-            root.join("etc"),
-        );
+        let (proc, sys, dev) = (root.join("proc"), root.join("sys"), root.join("dev"));
         examine(&Roots {
             proc: &proc,
             sys: &sys,
             dev: &dev,
-            etc: &etc,
-            library_path: root.join("lib").display().to_string(),
             temp: root.to_path_buf(),
             cuda: Cuda::none(),
+            rdma: libraries::tests::none(),
         })
     }
 
@@ -212,8 +198,6 @@ mod tests {
                 "proc/driver/nvidia/version",
                 "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.1  x",
             ),
-            ("lib/libibverbs.so.1", ""),
-            ("sys/class/infiniband/mlx5_0/ports/1/state", "4: ACTIVE"),
         ]);
         let findings = findings(root.path());
         for name in ["huge pages", "io_uring"] {
@@ -223,7 +207,6 @@ mod tests {
         for (name, expected) in [
             ("CUDA", "1 device file(s)"),
             ("process copies", "ptrace_scope is 1"),
-            ("RDMA verbs", "mlx5_0"),
             ("memory", "0.5 GiB available"),
         ] {
             let finding = findings
@@ -242,10 +225,9 @@ mod tests {
             proc: root.path(),
             sys: root.path(),
             dev: root.path(),
-            etc: root.path(),
-            library_path: String::new(),
             temp: missing,
             cuda: Cuda::none(),
+            rdma: libraries::tests::none(),
         };
         assert_eq!(host::temporary_directory(&roots).verdict, Verdict::Broken);
     }
