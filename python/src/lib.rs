@@ -5,6 +5,7 @@
 //! classes are Python.
 
 mod nixl;
+mod tiers;
 
 use pyo3::prelude::*;
 
@@ -12,6 +13,9 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _core {
     use super::*;
+
+    #[pymodule_export]
+    use super::tiers::{Lookups, Names, TierWorker};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
