@@ -10,10 +10,9 @@
 //! * [`model`]: transformers from Hugging Face checkpoints; [`ops`]: what they compute with.
 //! * [`stream`]: the two ends of a running request.
 //! * [`error`]: why a request is not taken.
-//! * [`vllm`]: another engine, vLLM, in a process of its own.
 //!
 //! A worker (`launcher`) starts an engine and serves it over RPC. Nothing here knows about RPC,
-//! discovery, HTTP or text: an engine takes token ids and gives token ids.
+//! discovery or text, and nothing serves HTTP: an engine takes token ids and gives token ids.
 
 pub mod disagg;
 pub mod engine;

@@ -191,7 +191,11 @@ async fn answers(shared: &Shared) -> String {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut failures = 0;
     for look in 0u32.. {
-        ticks.tick().await;
+        tokio::select! {
+            _ = ticks.tick() => {}
+            // A request failed in a way that a server which is about to end has.
+            () = shared.look_now.notified() => {}
+        }
         match shared.http.get("/health", health.timeout).await {
             Ok(_) => failures = 0,
             Err(error) => {

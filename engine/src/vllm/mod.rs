@@ -40,7 +40,11 @@ use blockplane_protocol::{
 use futures::{FutureExt, future::BoxFuture};
 use parking_lot::Mutex;
 use thiserror::Error;
-use tokio::{runtime::Handle, sync::watch, task::JoinHandle};
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, watch},
+    task::JoinHandle,
+};
 use xxhash_rust::xxh3::xxh3_64;
 
 use self::{
@@ -185,6 +189,8 @@ struct Shared {
     health: HealthConfig,
     canary: GenerateRequest,
     by_priority: bool,
+    /// Asks the keeper to look at the server's health at once.
+    look_now: Notify,
     /// Requests sent so far: makes their names unique on the server.
     sent: AtomicU64,
 }
@@ -291,6 +297,7 @@ impl VllmEngine {
             health: config.health,
             canary,
             by_priority: config.by_priority,
+            look_now: Notify::new(),
             sent: AtomicU64::new(0),
         });
         // The first token takes longer than others: no client shall wait for it.

@@ -213,5 +213,11 @@ pub(super) async fn run(shared: &Shared, mut generation: Generation) {
     }
     let deadline = generation.deadline;
     let ended = generation.attempt(shared, None, deadline).await;
+    if let Err(Stopped::Failed(
+        HttpError::Unreachable { .. } | HttpError::Status { status: 500.., .. },
+    )) = &ended
+    {
+        shared.look_now.notify_one();
+    }
     generation.end(ended);
 }

@@ -6,5 +6,6 @@
 mod client_gone;
 mod frontend;
 mod scene;
+mod vllm;
 mod worker_killed;
 mod worker_stopped;
