@@ -225,6 +225,8 @@ def run_groups(groups, tally):
                 tally.add(skipped=1)
                 continue
             timed(f"{group}: {name}", lambda: run_executable(group, name, folder, path, tally))
+        if group == "vllm" and python_ready:
+            timed("vllm: NixlConnector", lambda: run_vllm_pair(tally))
         if group == "unit":
             timed("unit: doc tests", lambda: run_doc_tests(tally))
             timed("unit: loom models", lambda: run_loom(tally))
@@ -586,37 +588,59 @@ def run_python(binary, tally):
                 tally.fail("python: the deployment did not stop")
 
 
-def run_packages(tally):
-    """Builds the wheels, installs them and runs their tests."""
+def install_packages(group, tally):
+    """Builds the wheels and installs them into a folder, which is returned; None when that is not
+    possible, which is counted."""
     built = subprocess.run(
         [sys.executable, "python/build"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     if built.returncode:
         output = (built.stdout + built.stderr).strip()
-        if "pip" in output and ("No matching distribution" in output or "connection" in output):
-            print(f"SKIPPED python: packages: maturin cannot be had: {output.splitlines()[-1]}")
+        if "No matching distribution" in output or "Could not find a version" in output:
+            print(f"SKIPPED {group}: packages: maturin cannot be had: {output.splitlines()[-1]}")
             tally.add(skipped=1)
         else:
             print(output[-4000:])
-            tally.fail("python: packages: python/build")
-        return
-    print(built.stdout.strip().splitlines()[-2])
+            tally.fail(f"{group}: packages: python/build")
+        return None
     target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
     site = target / "python-packages"
     shutil.rmtree(site, ignore_errors=True)
-    uv = shutil.which("uv") or str(VENV / "bin/uv")
     wheels = sorted(map(str, (target / "wheels").glob("*.whl")))
-    command = [uv, "pip", "install", "-q", "--no-deps", "--target", str(site), *wheels]
-    code, output = stream([*command, "--python", str(VENV / "bin/python")], ROOT, 120)
+    # Not into an environment, all of which are kept: they are as good as before.
+    install = [str(target / "python-build/bin/python"), "-m", "pip", "install", "-q", "--no-deps"]
+    code, _ = stream([*install, "--target", str(site), *wheels], ROOT, 120)
     if code:
-        tally.fail("python: packages: the wheels cannot be installed")
+        tally.fail(f"{group}: packages: the wheels cannot be installed")
+        return None
+    return site
+
+
+def run_packages(tally):
+    """The Python packages' own tests."""
+    site = install_packages("python", tally)
+    if site is None:
         return
-    # Not into the environment, which is kept: it is as good as before.
     environment = dict(os.environ, PYTHONPATH=str(site))
     command = [str(VENV / "bin/python"), "-m", "pytest", "-q", "-ra", "python/tests"]
     command += ["-p", "no:cacheprovider"]
     code, output = stream(command, ROOT, 600, environment)
     count_pytest(code, output, tally)
+
+
+def run_vllm_pair(tally):
+    """Two real vLLM engines, prefill and decode, with their own NixlConnector on our `nixl`: the KV is
+    pulled for every prompt, and the tokens are those of the decode engine alone."""
+    site = install_packages("vllm", tally)
+    if site is None:
+        return
+    python = pathlib.Path(os.environ["BLOCKPLANE_VLLM"]).with_name("python")
+    command = [str(python), "python/bench/vllm_pd.py", "--model", str(FIXTURES / "qwen3")]
+    code, _ = stream([*command, "--ours", str(site), "--rounds", "1"], ROOT, LIMIT_S["vllm"])
+    if code:
+        tally.fail("vllm: NixlConnector on our nixl")
+    else:
+        tally.add(passed=1)
 
 
 def first_url(deployment, log):

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import pathlib
 import random
+import socket
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,7 @@ PROMPT_TOKENS = 254
 REQUESTS = 24
 WARM = 4
 UCX = ("", "tcp,sm,self", "all")
-PORTS = {"prefill": 23811, "decode": 23821}
+ROLES = ("prefill", "decode")
 LIMIT_S = 60
 REMOTE_DECODE = {
     "do_remote_decode": True,
@@ -124,9 +125,9 @@ def measure(model: str) -> dict[str, float]:
     """Starts both engines and hands requests over."""
     context = multiprocessing.get_context("spawn")
     pipes, engines = {}, []
-    for role in PORTS:
+    for role in ROLES:
         pipes[role], theirs = context.Pipe()
-        engines.append(context.Process(target=serve, args=(role, model, theirs), daemon=True))
+        engines.append(context.Process(target=serve, args=(free_port(), model, theirs), daemon=True))
         engines[-1].start()
     for pipe in pipes.values():
         assert receive(pipe, 300) == "ready"
@@ -144,7 +145,9 @@ def measure(model: str) -> dict[str, float]:
         if number >= WARM:
             remote.append(pulled[0] * 1e3)
             local.append(own[0] * 1e3)
-    statistics_of_pulls = ask(pipes["decode"], None, None, 0)
+    pulls = ask(pipes["decode"], None, None, 0)
+    if len(pulls) != WARM + REQUESTS:
+        sys.exit(f"{len(pulls)} pulls of {WARM + REQUESTS} prompts: KV was computed again")
     for pipe in pipes.values():
         pipe.send(None)
     for engine in engines:
@@ -155,7 +158,7 @@ def measure(model: str) -> dict[str, float]:
         "remote_ttft_p90_ms": sorted(remote)[int(len(remote) * 0.9)],
         "first_ttft_ms": first * 1e3,
         "local_ttft_ms": statistics.median(local),
-        "pull_ms": statistics.median(statistics_of_pulls),
+        "pull_ms": statistics.median(pulls),
     }
 
 
@@ -172,9 +175,16 @@ def ask(pipe: Any, *request: Any) -> Any:
     return receive(pipe, LIMIT_S + 10)
 
 
-def serve(role: str, model: str, pipe: Any) -> None:
+def free_port() -> int:
+    """A port where nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def serve(port: int, model: str, pipe: Any) -> None:
     """One engine in this process."""
-    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(PORTS[role])
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
     from vllm import LLM
     from vllm.config import KVTransferConfig
 

@@ -9,6 +9,8 @@ import random
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -317,3 +319,29 @@ def test_an_idle_agent_uses_no_processor(meet):
     used = (after.user - before.user) + (after.system - before.system)
     assert used < 0.1, f"{used} s of processor in 1 s"
     assert peer.process.poll() is None
+
+
+def test_the_end_of_the_interpreter(tmp_path):
+    """Agents, listeners and transfers in flight at the end are no crash and no wait."""
+    script = tmp_path / "ends.py"
+    script.write_text(
+        """
+import numpy as np
+from nixl._api import nixl_agent, nixl_agent_config
+
+kept = []
+for number in range(3):
+    agent = nixl_agent(f"ends-{number}", nixl_agent_config(True, True, 0))
+    memory = np.zeros(96 << 20, dtype=np.uint8)
+    at = memory.ctypes.data
+    agent.register_memory([(at, memory.nbytes, 0, "")], "DRAM")
+    here = agent.get_xfer_descs([(at, 48 << 20, 0)], "DRAM")
+    there = agent.get_xfer_descs([(at + (48 << 20), 48 << 20, 0)], "DRAM")
+    handle = agent.initialize_xfer("WRITE", here, there, agent.name, b"x")
+    assert agent.transfer(handle) == "PROC"
+    kept.append((agent, memory, handle))
+"""
+    )
+    for _ in range(3):
+        ended = subprocess.run([sys.executable, str(script)], check=False, timeout=30)
+        assert ended.returncode == 0

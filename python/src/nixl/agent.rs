@@ -353,6 +353,12 @@ impl Agent {
         Ok(self.core.request(reqh)?.backend.handle())
     }
 
+    /// Calls off all requests in flight: the interpreter ends, and memory goes in any order.
+    #[pyo3(name = "callOffAll")]
+    fn call_off(&self, py: Python<'_>) {
+        py.detach(|| self.core.call_off());
+    }
+
     /// How a request runs: lane, pieces, reason.
     #[pyo3(name = "describeXferReq")]
     fn describe(&self, reqh: u64) -> PyResult<Vec<String>> {

@@ -443,12 +443,20 @@ impl Core {
     }
 }
 
+impl Core {
+    /// Calls off all that is in flight, so that memory may go.
+    pub(super) fn call_off(&self) {
+        let requests: Vec<_> = self.requests.lock().values().cloned().collect();
+        let until = Instant::now() + CANCEL_MAX * 4;
+        for request in requests {
+            request.cancel(until);
+        }
+    }
+}
+
 impl Drop for Core {
     fn drop(&mut self) {
         // Memory of Python may go right after the agent: its bytes have to stand still by then.
-        let until = Instant::now() + CANCEL_MAX * 4;
-        for request in self.requests.get_mut().values() {
-            request.cancel(until);
-        }
+        self.call_off();
     }
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from typing import Any
 
 from blockplane import _core
@@ -70,6 +72,9 @@ nixlRegDList = _nixl.nixlRegDList
 nixlRemoteDList = _nixl.nixlRemoteDList
 
 
+_agents: weakref.WeakSet[nixlAgent] = weakref.WeakSet()
+
+
 class nixlAgent(_nixl.nixlAgent):
     """The raw agent, with what the environment says."""
 
@@ -80,7 +85,16 @@ class nixlAgent(_nixl.nixlAgent):
         captured = _environment.telemetry(config.captureTelemetry)
         if captured != config.captureTelemetry:
             config = _with_telemetry(config, captured)
-        return super().__new__(cls, name, config, **_environment.agent_options())
+        agent = super().__new__(cls, name, config, **_environment.agent_options())
+        _agents.add(agent)
+        return agent
+
+
+@atexit.register
+def _call_off() -> None:
+    # What is alive at the end goes in any order: memory may go before the agent that copies it.
+    for agent in list(_agents):
+        agent.callOffAll()
 
 
 def _with_telemetry(config: Any, captured: bool) -> Any:
