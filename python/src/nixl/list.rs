@@ -108,7 +108,7 @@ impl<T> List<T> {
         match &self.shape {
             Shape::Pieces(pieces) => pieces[index as usize],
             Shape::Runs(runs) => {
-                let run = runs[runs.partition_point(|run| run.first <= index) - 1];
+                let run = runs[run_of(runs, index, 0)];
                 Piece {
                     target: run.target,
                     offset: run.offset + u64::from(index - run.first) * run.step,
@@ -398,46 +398,89 @@ fn by_runs(
     remote_indices: &[u32],
 ) -> Result<(Paired, u64), Fault> {
     let mut sets: Vec<SetPair> = Vec::new();
-    let mut known: HashMap<(usize, usize), usize> = HashMap::new();
+    let mut numbers = Numbers::new(here.len(), there.len());
     let mut bytes = 0u64;
+    let (mut l, mut r) = (0, 0);
     let mut at = 0;
     while at < local_indices.len() {
-        let (l, r) = (
-            run_of(here, local_indices[at]),
-            run_of(there, remote_indices[at]),
-        );
+        l = run_of(here, local_indices[at], l);
+        r = run_of(there, remote_indices[at], r);
         let (local, remote) = (here[l], there[r]);
-        same_length(at, local.bytes, remote.bytes)?;
+        let number = numbers.of(l, r);
+        if number == sets.len() {
+            same_length(at, local.bytes, remote.bytes)?;
+            sets.push(SetPair {
+                local,
+                local_ids: Vec::new(),
+                remote,
+                remote_ids: Vec::new(),
+            });
+        }
+        let set = &mut sets[number];
         // As far as both sides stay in their runs.
         let within = |run: &Run, index: u32| index.wrapping_sub(run.first) < run.count;
         let pairs = local_indices[at..].iter().zip(&remote_indices[at..]);
-        let stretch = pairs
-            .take_while(|&(&x, &y)| within(&local, x) && within(&remote, y))
-            .count();
-        let number = *known.entry((l, r)).or_insert_with(|| {
-            sets.push(SetPair {
-                local,
-                local_ids: Vec::with_capacity(stretch),
-                remote,
-                remote_ids: Vec::with_capacity(stretch),
-            });
-            sets.len() - 1
-        });
-        let set = &mut sets[number];
-        let range = at..at + stretch;
-        let locals = local_indices[range.clone()].iter();
-        set.local_ids
-            .extend(locals.map(|&index| index - local.first));
-        let remotes = remote_indices[range].iter();
-        set.remote_ids
-            .extend(remotes.map(|&index| index - remote.first));
+        let before = set.local_ids.len();
+        for (&x, &y) in pairs {
+            if !within(&local, x) || !within(&remote, y) {
+                break;
+            }
+            set.local_ids.push(x - local.first);
+            set.remote_ids.push(y - remote.first);
+        }
+        let stretch = set.local_ids.len() - before;
         bytes = bytes.saturating_add(local.bytes.saturating_mul(stretch as u64));
         at += stretch;
     }
     Ok((Paired::Sets(sets), bytes))
 }
 
-/// The run of an index that is below the length of the list.
-fn run_of(runs: &[Run], index: u32) -> usize {
+/// The run of an index that is below the length of the list. Most often it is the one of the index
+/// before, or the next: lists are named layer by layer, or all layers of block after block.
+fn run_of(runs: &[Run], index: u32, last: usize) -> usize {
+    let within = |at: usize| index.wrapping_sub(runs[at].first) < runs[at].count;
+    if within(last) {
+        return last;
+    }
+    let next = if last + 1 < runs.len() { last + 1 } else { 0 };
+    if within(next) {
+        return next;
+    }
     runs.partition_point(|run| run.first <= index) - 1
+}
+
+/// Numbers pairs of runs in the order in which they appear.
+enum Numbers {
+    /// A table of all pairs.
+    Table(usize, Vec<u32>, u32),
+    Map(HashMap<(usize, usize), usize>),
+}
+
+impl Numbers {
+    /// Pairs of a table that is worth clearing for each request: 36 layers on both sides.
+    const TABLE_MAX: usize = 4096;
+
+    fn new(local: usize, remote: usize) -> Self {
+        match local.saturating_mul(remote) {
+            pairs @ 0..=Self::TABLE_MAX => Self::Table(remote, vec![u32::MAX; pairs], 0),
+            _ => Self::Map(HashMap::new()),
+        }
+    }
+
+    fn of(&mut self, local: usize, remote: usize) -> usize {
+        match self {
+            Self::Table(width, numbers, used) => {
+                let number = &mut numbers[local * *width + remote];
+                if *number == u32::MAX {
+                    *number = *used;
+                    *used += 1;
+                }
+                *number as usize
+            }
+            Self::Map(known) => {
+                let next = known.len();
+                *known.entry((local, remote)).or_insert(next)
+            }
+        }
+    }
 }
