@@ -4,6 +4,7 @@
 //! of descriptors, addresses, transfers); argument forms, documentation and defaults of the public
 //! classes are Python.
 
+mod agent;
 mod nixl;
 mod tiers;
 
@@ -14,6 +15,10 @@ use pyo3::prelude::*;
 mod _core {
     use super::*;
 
+    #[pymodule_export]
+    use super::agent::{
+        AgentCore, CoreFault, FileCore, PeerCore, RegionCore, TransferCore, WindowCore,
+    };
     #[pymodule_export]
     use super::tiers::{Lookups, Names, TierWorker};
 

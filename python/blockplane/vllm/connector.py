@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import logging
 import time
@@ -202,6 +203,8 @@ class BlockplaneConnector(KVConnectorBase_V1):
             events=told is not None and told.enable_kv_cache_events,
         )
         self._tiers = tiers
+        # Not every executor of vLLM calls `shutdown`.
+        atexit.register(self.shutdown)
         logger.info(
             "KV tiers below %d blocks of %d bytes, in %d regions and %d pieces",
             places.blocks,

@@ -92,8 +92,8 @@ def parts_of(
         run *= inside.pop(0)[1]
     if len(inside) > 1:
         raise ValueError(
-            f"layer {layer} has a cache of shape {list(shape)} and strides {list(strides)}: a block is "
-            "in more than two pieces of pieces"
+            f"layer {layer} has a cache of shape {list(shape)} and strides {list(strides)}: "
+            "a block is in more than two pieces of pieces"
         )
     stride, count = inside[0] if inside else (run, 1)
     return [Segment(0, 0, strides[at] * smaller, count, stride, run)]

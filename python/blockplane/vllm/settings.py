@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import socket
 import stat
 import tempfile
 from collections.abc import Mapping
@@ -93,8 +95,19 @@ def socket_path(engine_id: str, rank: int) -> Path:
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise PermissionError(f"{folder} must be a folder of this user alone (mode 0700)")
+    sweep(folder)
     digest = hashlib.sha256(f"{engine_id}/{rank}".encode()).hexdigest()[:24]
     return folder / f"kv-{digest}.sock"
+
+
+def sweep(folder: Path) -> None:
+    """Removes sockets at which nobody answers any more: their workers were killed."""
+    for path in folder.glob("kv-*.sock"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink(missing_ok=True)
 
 
 def version_warning(version: str) -> str | None:

@@ -60,7 +60,7 @@ class BlockplaneStats(KVConnectorStats):
 
 
 class BlockplanePromMetrics(KVConnectorPromMetrics):
-    """`blockplane_kv_<name>_total` for each name of `METRICS`."""
+    """`vllm:blockplane_<name>_total` for each name of `METRICS`."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class BlockplanePromMetrics(KVConnectorPromMetrics):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._counters = {
             name: self._counter_cls(
-                name=f"blockplane_kv_{name}", documentation=text, labelnames=labelnames
+                name=f"vllm:blockplane_{name}", documentation=text, labelnames=labelnames
             )
             for name, text in METRICS.items()
         }

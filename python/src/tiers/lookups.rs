@@ -52,7 +52,7 @@ impl Lookups {
 }
 
 /// Seconds that Python gives: what is no time is none, what is too long is a day.
-pub(super) fn seconds(seconds: f64) -> Duration {
+pub(crate) fn seconds(seconds: f64) -> Duration {
     const DAY: Duration = Duration::from_secs(86_400);
     if seconds.is_nan() || seconds <= 0.0 {
         return Duration::ZERO;

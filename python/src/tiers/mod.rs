@@ -4,7 +4,7 @@ mod lookups;
 mod names;
 mod worker;
 
-pub(crate) use lookups::Lookups;
+pub(crate) use lookups::{Lookups, seconds};
 pub(crate) use names::Names;
 pub(crate) use worker::TierWorker;
 
