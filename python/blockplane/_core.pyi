@@ -6,6 +6,9 @@ from typing import Any
 
 __version__: str
 
+# NIXL's bindings; the package `nixl` gives them their names.
+nixl: Any
+
 class Names:
     """The names of the full blocks of a growing sequence of tokens."""
 
