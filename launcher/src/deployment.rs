@@ -533,6 +533,31 @@ mod tests {
     }
 
     #[test]
+    fn arguments_of_vllm_come_last_and_variables_come_along() {
+        let text = r#"
+            model = "/models/m"
+            [[nodes.a.roles]]
+            role = "decode"
+            engine = "vllm"
+            vllm_program = "/opt/vllm/bin/vllm"
+            vllm_args = ["--max-model-len", "4096"]
+            variables = { CUDA_VISIBLE_DEVICES = "1" }
+            args = ["--canary-wait", "5"]
+        "#;
+        let decode = plan(text, "a").unwrap().processes.remove(0);
+        let line = decode.argv.join(" ");
+        assert!(
+            line.ends_with("--canary-wait 5 -- --max-model-len 4096"),
+            "{line}"
+        );
+        assert!(
+            line.contains("--engine vllm --vllm-program /opt/vllm/bin/vllm"),
+            "{line}"
+        );
+        assert_eq!(decode.variables["CUDA_VISIBLE_DEVICES"], "1");
+    }
+
+    #[test]
     fn every_mistake_is_named_before_anything_starts() {
         let role = |text: &str| format!("[nodes.a]\n[[nodes.a.roles]]\n{text}");
         for (text, node, expected) in [
@@ -566,6 +591,16 @@ mod tests {
                 role("role = 'prefill'\nkvbm = { cpu_gb = 1 }"),
                 "a",
                 "key 'cpu_gb' of [nodes.*.roles.kvbm] of 'prefill' is not known; the nearest is 'cpu_cache_gb'",
+            ),
+            (
+                role("role = 'decode'\nengine = 'vllm'\nthreads = 2"),
+                "a",
+                "--threads is not for --engine vllm",
+            ),
+            (
+                role("role = 'decode'\nvllm_args = ['-O3']"),
+                "a",
+                "behind '--' is for --engine vllm",
             ),
             (
                 role("role = 'frontend'\nkvbm = { cpu_cache_gb = 1 }"),

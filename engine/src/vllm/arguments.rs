@@ -221,7 +221,7 @@ fn connector(known: &Given<'_>, role: WorkerRole) -> Result<Option<String>, Argu
         // A failed load is computed again: a request is not lost with the worker that had its KV.
         let text = json!({
             "kv_connector": CONNECTOR,
-            "kv_role": "kv_both",
+            "kv_role": needs,
             "kv_load_failure_policy": "recompute",
         });
         return Ok(Some(text.to_string()));
@@ -353,6 +353,15 @@ mod tests {
         for role in [WorkerRole::Prefill, WorkerRole::Decode] {
             let line = with(&[], &wanted(role)).unwrap().argv.join(" ");
             assert!(line.contains(r#""kv_connector":"NixlConnector""#), "{line}");
+            let part = if role == WorkerRole::Prefill {
+                "producer"
+            } else {
+                "consumer"
+            };
+            assert!(
+                line.contains(&format!(r#""kv_role":"kv_{part}""#)),
+                "{line}"
+            );
             assert!(
                 line.contains(r#""kv_load_failure_policy":"recompute""#),
                 "{line}"

@@ -313,6 +313,20 @@ mod tests {
     }
 
     #[test]
+    fn a_server_may_come_back_with_other_memory_and_not_as_another() {
+        let first = facts("0.32.0", METRICS, &[]).unwrap();
+        let mut again = first.clone();
+        again.blocks -= 7;
+        assert!(first.same_as(&again).is_ok());
+        again.version = "0.33.0".to_owned();
+        let error = first.same_as(&again).unwrap_err().to_string();
+        assert!(
+            error.contains("0.32.0") && error.contains("0.33.0"),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn what_is_missing_is_named() {
         for (metrics, what) in [
             ("", "vllm:cache_config_info"),

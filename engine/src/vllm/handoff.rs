@@ -37,8 +37,11 @@ pub struct RemotePrefillConfig {
     pub tokens_min: u32,
     /// Prefill workers tried for a request before the own server computes its prompt. Default 2.
     pub attempts_max: u32,
-    /// Longest time from sending a job to its reply, and from that to the first token. Default 30 s.
+    /// Longest time from sending a job to its reply. Default 30 s.
     pub attempt_timeout: Duration,
+    /// Longest time from that to the first token, waiting in the own server's queue included: vLLM
+    /// notices by itself what it cannot load. Default 120 s.
+    pub first_token_timeout: Duration,
 }
 
 /// KV on a prefill server.
@@ -56,6 +59,7 @@ impl RemotePrefillConfig {
             tokens_min: 64,
             attempts_max: 2,
             attempt_timeout: Duration::from_secs(30),
+            first_token_timeout: Duration::from_secs(120),
         }
     }
 }
@@ -142,7 +146,7 @@ pub(super) async fn generate(
             Ok(None) => break,
             Ok(Some(remote)) => {
                 generation.remote_tokens = remote.computed_tokens;
-                let first_by = Instant::now() + config.attempt_timeout;
+                let first_by = Instant::now() + config.first_token_timeout;
                 let ended = generation
                     .attempt(shared, Some(&remote.params), first_by)
                     .await;

@@ -11,7 +11,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use blockplane_protocol::GenerateRequest;
+use blockplane_protocol::{DpRank, GenerateRequest};
 use tokio::{
     sync::watch,
     time::{Instant, MissedTickBehavior, interval, sleep},
@@ -48,6 +48,8 @@ pub struct HealthConfig {
 pub(super) enum Serving {
     Ready,
     Down(String),
+    /// It will not come back.
+    GivenUp(String),
     Stopped,
 }
 
@@ -65,6 +67,8 @@ const READY_POLL: Duration = Duration::from_millis(250);
 const WAITING_TOLD: Duration = Duration::from_secs(15);
 const BACKOFF_MIN: Duration = Duration::from_millis(500);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
+/// Starts in a row that may fail before the engine gives up.
+const STARTS_MAX: u32 = 8;
 /// A server that served this long starts again without delay debt.
 const STABLE_AFTER: Duration = Duration::from_secs(60);
 
@@ -132,11 +136,18 @@ pub(super) async fn keep(
             backoff = BACKOFF_MIN;
         }
         server = tokio::select! {
-            revived = revive(&shared, &mut backoff) => revived,
+            revived = revive(&shared, &mut backoff) => match revived {
+                Ok(server) => server,
+                Err(error) => {
+                    let reason = format!("it was started {STARTS_MAX} times in vain: {error}");
+                    shared.serving.send_replace(Serving::GivenUp(reason));
+                    return;
+                }
+            },
             () = told_to_stop(&mut orders) => break,
         };
         tracing::info!("vLLM serves again");
-        shared.load.made_progress();
+        shared.load.begin_anew();
         shared.serving.send_replace(Serving::Ready);
     }
     shared.serving.send_replace(Serving::Stopped);
@@ -145,10 +156,15 @@ pub(super) async fn keep(
     }
 }
 
-/// Sends the canary; its error says what is wrong.
-pub(super) async fn canary(shared: &Shared, limit: Duration) -> Result<(), HttpError> {
+/// Sends the canary to a rank; its error says what is wrong.
+pub(super) async fn canary(
+    shared: &Shared,
+    rank: DpRank,
+    limit: Duration,
+) -> Result<(), HttpError> {
     let target = shared.target();
     let mut asked = shared.canary.clone();
+    asked.route.rank = rank;
     asked.request_id = shared.name("canary");
     let path = target.route.path();
     let body = request::body(&asked, &target, Purpose::Canary);
@@ -165,7 +181,7 @@ pub(super) async fn canary(shared: &Shared, limit: Duration) -> Result<(), HttpE
         }
     };
     shared.http.within(path, limit, exchange).await?;
-    shared.load.made_progress();
+    shared.load.made_progress(rank);
     Ok(())
 }
 
@@ -223,18 +239,18 @@ async fn generates(shared: &Shared) -> String {
     let health = &shared.health;
     let mut failed = false;
     loop {
-        let quiet = shared.load.since_progress();
+        let (rank, quiet) = shared.load.quietest();
         if quiet < health.canary_wait {
             sleep(health.canary_wait - quiet).await;
             continue;
         }
-        match canary(shared, health.canary_timeout).await {
+        match canary(shared, rank, health.canary_timeout).await {
             Ok(()) => failed = false,
             // Somebody else got a token.
-            Err(_) if shared.load.since_progress() < health.canary_wait => {}
+            Err(_) if shared.load.quiet(rank) < health.canary_wait => {}
             Err(error @ HttpError::Timeout { .. }) => {
                 let active = shared.load.active();
-                return format!("it hangs with {active} requests: {error}");
+                return format!("rank {rank} hangs with {active} requests in the server: {error}");
             }
             Err(error) if failed => return format!("it does not generate: {error}"),
             Err(error) => {
@@ -246,19 +262,26 @@ async fn generates(shared: &Shared) -> String {
     }
 }
 
-/// Returns when the server serves again: one that was started anew, or the one attached to.
-async fn revive(shared: &Shared, backoff: &mut Duration) -> Option<Server> {
+/// Returns when the server serves again: one that was started anew, or the one attached to. An error is
+/// that of the last start when too many were in vain.
+async fn revive(shared: &Shared, backoff: &mut Duration) -> Result<Option<Server>, VllmError> {
+    let mut failures = 0;
     loop {
         tracing::info!(delay = ?*backoff, "vLLM is waited for or started again after this delay");
         sleep(*backoff).await;
         *backoff = (*backoff * 2).min(BACKOFF_MAX);
         match try_again(shared).await {
-            Ok(server) => return server,
+            Ok(server) => return Ok(server),
             Err(error) => {
                 tracing::error!("vLLM does not serve yet: {error}");
                 shared
                     .serving
                     .send_replace(Serving::Down(error.to_string()));
+                failures += 1;
+                // To wait for somebody else's server costs nothing.
+                if shared.command.is_some() && failures == STARTS_MAX {
+                    return Err(error);
+                }
             }
         }
     }
@@ -274,7 +297,9 @@ async fn try_again(shared: &Shared) -> Result<Option<Server>, VllmError> {
     };
     let facts = ServerFacts::read(&shared.http).await?;
     shared.facts.same_as(&facts)?;
-    canary(shared, shared.health.canary_timeout).await?;
+    for rank in (0..facts.dp_size).map(DpRank) {
+        canary(shared, rank, shared.health.canary_timeout).await?;
+    }
     Ok(server)
 }
 

@@ -21,8 +21,8 @@ pub(super) struct Load {
     /// Requests that have not ended.
     active: watch::Sender<usize>,
     started: Instant,
-    /// When a token last came, in milliseconds after `started`.
-    progress: AtomicU64,
+    /// When a token last came from each rank, in milliseconds after `started`.
+    progress: Vec<AtomicU64>,
     block_tokens: u32,
 }
 
@@ -37,7 +37,7 @@ struct Rank {
 #[derive(Debug)]
 pub(super) struct Entry {
     load: Arc<Load>,
-    rank: usize,
+    rank: DpRank,
     prompt: u32,
     tokens: u32,
     /// It has got a token.
@@ -60,7 +60,7 @@ impl Load {
             ranks: (0..ranks).map(rank).collect(),
             active: watch::Sender::new(0),
             started: Instant::now(),
-            progress: AtomicU64::new(0),
+            progress: (0..ranks).map(|_| AtomicU64::new(0)).collect(),
             block_tokens,
         })
     }
@@ -69,7 +69,7 @@ impl Load {
     pub(super) fn enter(self: &Arc<Self>, rank: DpRank, prompt: usize) -> Entry {
         let entry = Entry {
             load: Arc::clone(self),
-            rank: rank.0 as usize,
+            rank,
             prompt: u32::try_from(prompt).unwrap_or(u32::MAX),
             tokens: 0,
             running: false,
@@ -125,23 +125,39 @@ impl Load {
             .await;
     }
 
-    /// How long ago a token came.
-    pub(super) fn since_progress(&self) -> Duration {
-        let at = Duration::from_millis(self.progress.load(Ordering::Relaxed));
-        self.started.elapsed().saturating_sub(at)
+    /// The rank from which no token came for longest, and for how long.
+    pub(super) fn quietest(&self) -> (DpRank, Duration) {
+        let last = self.progress.iter().map(|at| at.load(Ordering::Relaxed));
+        let (_, rank) = last.zip(0..).min().unwrap_or_default();
+        (DpRank(rank), self.quiet(DpRank(rank)))
     }
 
-    /// Notes that the engine works.
-    pub(super) fn made_progress(&self) {
+    /// How long ago a token came from a rank.
+    pub(super) fn quiet(&self, rank: DpRank) -> Duration {
+        let at = self.progress[rank.0 as usize].load(Ordering::Relaxed);
+        self.started
+            .elapsed()
+            .saturating_sub(Duration::from_millis(at))
+    }
+
+    /// Notes that a rank works.
+    pub(super) fn made_progress(&self, rank: DpRank) {
         let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.progress.store(now, Ordering::Relaxed);
+        self.progress[rank.0 as usize].store(now, Ordering::Relaxed);
+    }
+
+    /// Notes that all ranks begin anew.
+    pub(super) fn begin_anew(&self) {
+        (0..)
+            .zip(&self.progress)
+            .for_each(|(rank, _)| self.made_progress(DpRank(rank)));
     }
 }
 
 impl Entry {
     /// Notes that tokens came.
     pub(super) fn tokens(&mut self, new: usize) {
-        self.load.made_progress();
+        self.load.made_progress(self.rank);
         let before = self.blocks();
         let first = !std::mem::replace(&mut self.running, true);
         self.tokens += u32::try_from(new).unwrap_or(u32::MAX);
@@ -172,7 +188,10 @@ impl Entry {
     }
 
     fn change(&self, change: impl FnOnce(&mut LoadReport, &Self)) {
-        change(&mut self.load.ranks[self.rank].lock().report, self);
+        change(
+            &mut self.load.ranks[self.rank.0 as usize].lock().report,
+            self,
+        );
     }
 }
 
@@ -231,6 +250,23 @@ mod tests {
         assert_eq!(report.decode_tokens_total, 9);
         assert_eq!(load.active(), 0);
         assert_eq!(load.reports()[0].decode_tokens_total, 0);
+    }
+
+    #[test]
+    fn a_rank_without_tokens_is_found_whatever_the_others_do() {
+        let load = Load::new(3, 10, 16);
+        std::iter::repeat_with(|| load.started.elapsed())
+            .find(|elapsed| elapsed.as_millis() > 2)
+            .expect("time passes");
+        load.made_progress(DpRank(0));
+        load.enter(DpRank(2), 4).tokens(1);
+        let (rank, quiet) = load.quietest();
+        assert!(
+            rank == DpRank(1) && quiet.as_millis() > 1,
+            "{rank} {quiet:?}"
+        );
+        load.begin_anew();
+        assert!(load.quietest().1 <= quiet);
     }
 
     #[test]

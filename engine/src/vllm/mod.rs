@@ -301,7 +301,9 @@ impl VllmEngine {
             sent: AtomicU64::new(0),
         });
         // The first token takes longer than others: no client shall wait for it.
-        keeper::canary(&shared, shared.health.canary_timeout).await?;
+        for rank in (0..shared.facts.dp_size).map(DpRank) {
+            keeper::canary(&shared, rank, shared.health.canary_timeout).await?;
+        }
         let (orders, told) = watch::channel(Order::Keep);
         let keeper = config
             .runtime
@@ -314,6 +316,22 @@ impl VllmEngine {
             events,
             draining: watch::Sender::new(Drain::No),
         }))
+    }
+
+    /// Completes with the reason when the server will not come back: it was started too often in vain.
+    pub fn given_up(&self) -> impl Future<Output = String> + Send + use<> {
+        let mut serving = self.shared.serving.subscribe();
+        async move {
+            loop {
+                if let Serving::GivenUp(reason) = &*serving.borrow_and_update() {
+                    return reason.clone();
+                }
+                if serving.changed().await.is_err() {
+                    // The engine is gone, and with it the question.
+                    return std::future::pending().await;
+                }
+            }
+        }
     }
 
     /// What the server says of itself.
@@ -437,7 +455,7 @@ impl Engine for VllmEngine {
         }
         match &*self.shared.serving.borrow() {
             Serving::Ready => Health::Ready,
-            Serving::Down(reason) => Health::Unhealthy {
+            Serving::Down(reason) | Serving::GivenUp(reason) => Health::Unhealthy {
                 reason: reason.clone(),
             },
             Serving::Stopped => Health::Stopped,
@@ -520,9 +538,14 @@ impl ServerFacts {
         Ok(())
     }
 
-    /// Refuses a server that came back as another one: routers know the first.
+    /// Refuses a server that came back as another one: routers know the first. How many blocks it has
+    /// depends on what else is in the memory of its GPU.
     fn same_as(&self, now: &Self) -> Result<(), VllmError> {
-        if self == now {
+        let expected = Self {
+            blocks: now.blocks,
+            ..self.clone()
+        };
+        if expected == *now {
             return Ok(());
         }
         Err(VllmError::Unfit {

@@ -156,8 +156,9 @@ impl Server {
         let _ = self.guard.wait().await;
     }
 
-    fn kill_group(&self) {
-        if let Some(pid) = self.pid {
+    /// Once: the number of a group that is gone may become that of another.
+    fn kill_group(&mut self) {
+        if let Some(pid) = self.pid.take() {
             // Nobody is left, where it fails.
             let _ = kill_process_group(pid, Signal::KILL);
         }

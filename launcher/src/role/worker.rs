@@ -96,7 +96,7 @@ async fn serve(args: WorkerArgs, kvbm: KvbmSettings) -> anyhow::Result<()> {
                 reporter.report(&Report::Loading { done, total });
             }),
         };
-        let (engine, tiers) = tokio::task::spawn_blocking(move || engines::start(&settings))
+        let (engine, tiers, over) = tokio::task::spawn_blocking(move || engines::start(&settings))
             .await
             .context("starting the engine failed")??;
         let observed = observe(&told, &observation, tiers.clone())?;
@@ -114,9 +114,11 @@ async fn serve(args: WorkerArgs, kvbm: KvbmSettings) -> anyhow::Result<()> {
             None => None,
         };
         let observed = (observed, follower);
-        anyhow::Ok((identity, discovery, engine, tiers, observed, server, lease))
+        anyhow::Ok((
+            identity, discovery, engine, tiers, observed, server, lease, over,
+        ))
     };
-    let (identity, _discovery, engine, tiers, _observed, server, lease) = tokio::select! {
+    let (identity, _discovery, engine, tiers, _observed, server, lease, over) = tokio::select! {
         started = started => started?,
         reason = &mut stop => {
             tracing::info!(reason = reason?, "stopped before it was ready");
@@ -127,7 +129,10 @@ async fn serve(args: WorkerArgs, kvbm: KvbmSettings) -> anyhow::Result<()> {
         detail: identity.summary(engine.as_ref(), &server),
     });
 
-    let reason = stop.await?;
+    let (reason, lost) = tokio::select! {
+        reason = stop => (reason?, None),
+        lost = over => ("the engine is lost", Some(lost)),
+    };
     tracing::info!(reason, grace = ?args.grace, "stopping: unregister, drain, tear down");
     gate.begin();
     let plan = ShutdownPlan {
@@ -154,7 +159,12 @@ async fn serve(args: WorkerArgs, kvbm: KvbmSettings) -> anyhow::Result<()> {
         cancelled = report.cancelled,
         "stopped"
     );
-    Ok(())
+    match lost {
+        Some(reason) => Err(anyhow::anyhow!(
+            "the engine of this worker is lost: {reason}"
+        )),
+        None => Ok(()),
+    }
 }
 
 /// Who this worker is.

@@ -9,13 +9,14 @@ use std::{ffi::OsString, path::PathBuf, sync::Arc};
 
 use anyhow::{Context, ensure};
 use blockplane_engine::{
-    Engine, VllmConfig, VllmEngine, VllmSource,
+    VllmConfig, VllmEngine, VllmSource,
     vllm::{
         EventsSource, HealthConfig, RemotePrefillConfig, ServerCommand,
         arguments::{Arguments, Wanted, arguments},
     },
 };
 use blockplane_protocol::WorkerRole;
+use rustix::process::{Pid, test_kill_process};
 
 use crate::{
     cli::{GUARD, WorkerArgs},
@@ -23,11 +24,13 @@ use crate::{
     wiring::engines::Settings,
 };
 
+/// Folders of sockets, before the process id.
+const SOCKETS: &str = "blockplane-vllm-";
 /// From SIGTERM to SIGKILL: requests are over by then.
 const STOP_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(3);
 
 /// Starts the engine. Takes as long as vLLM does.
-pub(crate) fn start(settings: &Settings) -> anyhow::Result<Arc<dyn Engine>> {
+pub(crate) fn start(settings: &Settings) -> anyhow::Result<Arc<VllmEngine>> {
     let args = &settings.args;
     ensure!(
         args.model.is_some(),
@@ -97,6 +100,7 @@ pub(crate) fn start(settings: &Settings) -> anyhow::Result<Arc<dyn Engine>> {
 /// The command line of a server of our own.
 fn command(settings: &Settings) -> anyhow::Result<(ServerCommand, Arguments)> {
     let args = &settings.args;
+    clean_up_after_others();
     let vllm = probe::probe(&args.vllm.vllm_program)?;
     let ranks = args.data_parallel_size.unwrap_or(1);
     let port = ports::free(1)?;
@@ -171,7 +175,26 @@ fn attached_events(args: &WorkerArgs, url: &str) -> anyhow::Result<Option<Events
 
 /// Where sockets of this process lie.
 fn socket_dir() -> PathBuf {
-    std::env::temp_dir().join(format!("blockplane-vllm-{}", std::process::id()))
+    std::env::temp_dir().join(format!("{SOCKETS}{}", std::process::id()))
+}
+
+/// Removes the sockets of workers that were killed.
+fn clean_up_after_others() {
+    let Ok(entries) = std::fs::read_dir(std::env::temp_dir()) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix(SOCKETS));
+        let dead = pid
+            .and_then(|pid| pid.parse::<i32>().ok())
+            .and_then(Pid::from_raw)
+            .is_some_and(|pid| test_kill_process(pid) == Err(rustix::io::Errno::SRCH));
+        if dead {
+            // Those of another user stay.
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 /// Removes what a server of this process left behind.

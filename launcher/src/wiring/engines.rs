@@ -12,6 +12,10 @@ use blockplane_engine::{
 use blockplane_kvbm::{KvbmSettings, metrics::Observation};
 use blockplane_protocol::{KvLayout, WorkerRole};
 use blockplane_transfer::Agent;
+use futures::{
+    FutureExt,
+    future::{BoxFuture, pending},
+};
 
 use super::{
     network::agent_config,
@@ -40,15 +44,19 @@ pub(crate) struct Settings {
     pub(crate) progress: Box<dyn Fn(u32, u32) + Send + Sync>,
 }
 
-/// An engine, and the tiers below its pools.
-pub(crate) type Started = (Arc<dyn Engine>, Option<Below>);
+/// An engine, the tiers below its pools, and when it is over with it, if that can be.
+pub(crate) type Started = (Arc<dyn Engine>, Option<Below>, BoxFuture<'static, String>);
 
 /// Starts the engine. Takes as long as loading the weights does.
 pub(crate) fn start(settings: &Settings) -> anyhow::Result<Started> {
     match settings.args.engine {
         EngineArg::Native => native(settings),
         EngineArg::Mock => mock(settings),
-        EngineArg::Vllm => Ok((crate::vllm::start(settings)?, None)),
+        EngineArg::Vllm => {
+            let engine = crate::vllm::start(settings)?;
+            let over = engine.given_up().boxed();
+            Ok((engine, None, over))
+        }
     }
 }
 
@@ -77,7 +85,7 @@ fn native(settings: &Settings) -> anyhow::Result<Started> {
     config.tiers = below.as_ref().map(|below| below.handle.clone());
     let engine = NativeEngine::start(&model, &config)
         .with_context(|| format!("the engine for the model in {dir} cannot be started"))?;
-    Ok((engine, below))
+    Ok((engine, below, pending().boxed()))
 }
 
 /// A timing model with the vocabulary of the checkpoint, so that its tokens are text.
@@ -113,7 +121,7 @@ fn mock(settings: &Settings) -> anyhow::Result<Started> {
         },
     };
     let engine = MockEngine::start(config).context("the mock engine cannot be started")?;
-    Ok((Arc::new(engine), below))
+    Ok((Arc::new(engine), below, pending().boxed()))
 }
 
 /// The tiers below the pools of such an engine.

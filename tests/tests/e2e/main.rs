@@ -16,6 +16,7 @@ mod store;
 mod tiers;
 mod tiny;
 mod up;
+mod vllm;
 
 /// What the stand-in for S3 asks of the crate that it is part of.
 mod support {

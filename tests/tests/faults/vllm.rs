@@ -266,7 +266,7 @@ fn a_hung_server_is_started_again() -> Result<()> {
         scene.run(&body).done()?;
     }
     gone(victim.pid)?;
-    let line = "it hangs with";
+    let line = "rank 0 hangs with";
     scene.cluster.member(worker)?.wait_for_line(line, LIMIT)?;
     scene.wait_workers(Role::Aggregated, 2)?;
     scene.end()
@@ -333,6 +333,41 @@ fn a_failed_prefill_ends_in_a_local_one() -> Result<()> {
     );
     gone(prefill.pid)?;
     ensure!(scene.run(&body).done()?.tokens == expected);
+    scene.end()
+}
+
+/// A prefill server that fails is followed by the next one, before the decode server does it itself.
+#[test]
+fn another_prefill_worker_is_tried_first() -> Result<()> {
+    let mut scene = Scene::new(&[Role::Prefill, Role::Prefill, Role::Decode], &[])?;
+    let prefill = scene.servers(Role::Prefill)?;
+    let (_, decode) = scene.servers(Role::Decode)?.remove(0);
+    prefill[0].1.control(&json!({"status": 500}))?;
+    for i in 0..4 {
+        let body = requests::streamed(MODEL, &prompt(10 + i, 200), 4);
+        scene.run(&body).done()?;
+    }
+    let (failed, served) = (prefill[0].1.counters()?, prefill[1].1.counters()?);
+    ensure!(failed["prefills"] == 0, "{failed}");
+    ensure!(served["prefills"] == 4, "{served}");
+    ensure!(decode.counters()?["pulls"] == 4, "{}", decode.counters()?);
+    scene.end()
+}
+
+/// A client that leaves takes its prefill with it.
+#[test]
+fn a_client_that_leaves_aborts_a_prefill() -> Result<()> {
+    let mut scene = Scene::new(&[Role::Prefill, Role::Decode], &[])?;
+    let (_, prefill) = scene.servers(Role::Prefill)?.remove(0);
+    prefill.control(&json!({"prefill_ms": 60_000}))?;
+    let body = requests::streamed(MODEL, &prompt(20, 200), 4);
+    let hung = scene
+        .client
+        .run("/v1/completions", &body, Duration::from_millis(500));
+    ensure!(matches!(hung, Outcome::Hung(_)), "{hung:?}");
+    prefill.wait_counter("aborts", 1)?;
+    prefill.control(&json!({"prefill_ms": 0}))?;
+    scene.run(&body).done()?;
     scene.end()
 }
 
