@@ -206,7 +206,9 @@ def run_groups(groups, tally):
             continue
         if group == "rdma":
             if rdma_ready:
+                suites = {name: path for name, _, path in executables["unit"]}
                 run_rdma(executables["rdma"], tally)
+                run_verbs(suites, tally)
             else:
                 print(f"SKIPPED rdma: {machine.reason}")
                 tally.add(skipped=1)
@@ -478,6 +480,23 @@ def run_rdma(executables, tally):
         count_rust(f"rdma: {name}", code, output, tally)
 
 
+def run_verbs(suites, tally):
+    """The verbs lane: the conformance suite, also on a bad wire, real processes, and what the lane has
+    of its own, which changes the machine and so runs alone."""
+    suite = [suites["transfer transfer"], "--include-ignored", "--test-threads"]
+    unit = [suites["transfer"], "--include-ignored"]
+    bad_wire = ["--delay", "1ms", "--loss", "1%"]
+    for name, options, command in [
+        ("units", [], [*unit, "rdma::"]),
+        ("conformance", [], [*suite, "2", "verbs::"]),
+        ("conformance, 1 ms and 1 % loss", bad_wire, [*suite, "2", "--skip", "process::", "verbs::"]),
+        ("alone", [], [*suite, "1", "--skip", "may_not_be_locked", "verbs_alone::"]),
+        ("1 MiB of locked memory", ["--memlock", "1024"], [*suite, "1", "may_not_be_locked"]),
+    ]:
+        code, output = timed(f"rdma: verbs: {name}", lambda: in_machine([*options, "--", *command]))
+        count_rust(f"rdma: verbs: {name}", code, output, tally)
+
+
 def in_machine(arguments):
     command = [*VM, "run", "--timeout", str(LIMIT_S["rdma"] - 30), *arguments]
     return stream(command, ROOT, LIMIT_S["rdma"])
@@ -530,6 +549,9 @@ IGNORED = re.compile(r"^test (.+?) \.\.\. ignored(?:, (.*))?$", re.MULTILINE)
 # Processes that other tests start from their own executable, by running one "test" of it.
 HELPER = re.compile(r"\bstarted by\b|\bother tests start\b")
 
+# Tests that another group runs.
+ELSEWHERE = re.compile(r": tests/run \w+$")
+
 
 def count_rust(name, code, output, tally):
     summaries = SUMMARY.findall(output)
@@ -541,7 +563,7 @@ def count_rust(name, code, output, tally):
         passed, failed = results.count("ok"), results.count("FAILED")
     skipped = 0
     for test, reason in IGNORED.findall(output):
-        if not HELPER.search(reason):
+        if not HELPER.search(reason) and not ELSEWHERE.search(reason):
             print(f"SKIPPED {name}: {test}: {reason or 'no reason given'}")
             skipped += 1
     tally.add(passed, failed, skipped)

@@ -9,9 +9,11 @@ use crate::error::AgentError;
 use crate::storage::StorageConfig;
 
 mod cuda;
+mod rdma;
 mod tls;
 
 pub use cuda::{CudaConfig, StagingConfig};
+pub use rdma::RdmaConfig;
 pub use tls::{Pem, TlsConfig, TlsPeerName};
 
 /// A way to move bytes to a peer. `AgentConfig::lanes` lists the allowed ones, best first.
@@ -24,6 +26,9 @@ pub enum Lane {
     Shm,
     /// Any peer that a TCP connection reaches.
     Tcp,
+    /// Any peer whose RDMA device this agent's device reaches: the device moves the bytes into and out of
+    /// registered memory, a TCP connection carries the rest. Not offered by default.
+    Verbs,
     /// A file of this host. Names the way of an operation in its plan; never connects agents.
     File,
     /// An object store. Names the way of an operation in its plan; never connects agents.
@@ -39,6 +44,7 @@ impl std::fmt::Display for Lane {
             Self::Loopback => "loopback",
             Self::Shm => "shm",
             Self::Tcp => "tcp",
+            Self::Verbs => "verbs",
             Self::File => "file",
             Self::Object => "object",
             Self::Cuda => "cuda",
@@ -137,6 +143,8 @@ pub struct AgentConfig {
     pub storage: StorageConfig,
     /// GPUs.
     pub cuda: CudaConfig,
+    /// RDMA, where `lanes` has [`Lane::Verbs`].
+    pub rdma: RdmaConfig,
     /// Faults injected around every lane, for tests. Default none.
     pub faults: Option<FaultConfig>,
 }
@@ -176,6 +184,7 @@ impl AgentConfig {
             stream_chunk_bytes: 1 << 20,
             storage: StorageConfig::default(),
             cuda: CudaConfig::default(),
+            rdma: RdmaConfig::default(),
             faults: None,
         }
     }
@@ -219,7 +228,7 @@ impl AgentConfig {
                 .any(|lane| matches!(lane, Lane::File | Lane::Object | Lane::Cuda)),
             "lanes",
             "file, object or cuda".into(),
-            "loopback, shm, tcp; files and object stores are opened, and device memory is reached over loopback and shm",
+            "loopback, shm, tcp, verbs; files and object stores are opened, and device memory is reached over loopback and shm",
         )?;
         let loss = self.peer_loss_timeout;
         check(
@@ -308,6 +317,13 @@ impl AgentConfig {
             format!("{:?}", self.tcp_pacing_bytes_per_s),
             "none, or at least 65536",
         )?;
+        check(
+            self.tls.is_none() || !self.lanes.contains(&Lane::Verbs),
+            "lanes",
+            "verbs, with TLS".into(),
+            "verbs without TLS: RDMA carries payload in plaintext",
+        )?;
+        self.rdma.validate()?;
         self.storage.validate()?;
         self.cuda.validate()?;
         if let Some(faults) = &self.faults {

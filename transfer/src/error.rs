@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::time::Duration;
 
+use blockplane_rdma_sys::LibraryError;
+
 use crate::config::Lane;
 use crate::cuda::{CudaError, CudaUnavailable};
 use crate::memory::RegionId;
@@ -34,6 +36,46 @@ pub enum AgentError {
         /// The system's error.
         source: io::Error,
     },
+    /// The lane verbs is wanted and there is no device for it.
+    #[error("lane verbs: {0}")]
+    Rdma(#[from] RdmaError),
+}
+
+/// Why there is no RDMA device to use.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RdmaError {
+    /// libibverbs cannot be used.
+    #[error(transparent)]
+    Library(#[from] LibraryError),
+    /// No device, or none that is up.
+    #[error("no active port on device {wanted}; found: {found}")]
+    NoDevice {
+        /// Device that was asked for, or `any`.
+        wanted: String,
+        /// What is there, and why it does not do.
+        found: String,
+    },
+    /// The device refused something.
+    #[error("{device}: cannot {what}: {reason}")]
+    Device {
+        /// The device.
+        device: String,
+        /// What was tried.
+        what: &'static str,
+        /// The system's error.
+        reason: String,
+    },
+}
+
+impl RdmaError {
+    pub(crate) fn device(device: &str, what: &'static str, error: &io::Error) -> Self {
+        Self::Device {
+            device: device.to_owned(),
+            what,
+            reason: error.to_string(),
+        }
+    }
 }
 
 /// Why memory could not be registered or allocated.
@@ -67,6 +109,23 @@ pub enum RegisterError {
         label: String,
         /// Bytes asked for.
         bytes: usize,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// The RDMA device does not take the memory.
+    #[error(
+        "cannot register region {label:?} of {bytes} bytes at {device}: {source}{}",
+        locked_memory(*.limit, *.bytes)
+    )]
+    Rdma {
+        /// Label of the region.
+        label: String,
+        /// Bytes of it.
+        bytes: usize,
+        /// The device.
+        device: String,
+        /// Bytes that this process may lock (`ulimit -l`); none where there is no limit.
+        limit: Option<u64>,
         /// The system's error.
         source: io::Error,
     },
@@ -516,6 +575,16 @@ pub struct PeerLost {
     pub cause: LossCause,
 }
 
+/// What to do where memory cannot be locked.
+fn locked_memory(limit: Option<u64>, bytes: usize) -> String {
+    limit.map_or_else(String::new, |limit| {
+        format!(
+            "; registered memory is locked, this process may lock {limit} bytes (ulimit -l), and this \
+             region needs {bytes} beside what is registered already"
+        )
+    })
+}
+
 /// How the loss of a peer was noticed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -535,6 +604,14 @@ pub enum LossCause {
     /// A later life of the agent took its place.
     #[error("epoch {0:#x} took its place")]
     Replaced(u64),
+    /// RDMA to it failed: the transport gave up, or the peer refused.
+    #[error("RDMA over {device}: {reason}")]
+    Rdma {
+        /// Device of this agent.
+        device: String,
+        /// What the device says.
+        reason: String,
+    },
     /// It sent something that the protocol does not allow.
     #[error("it broke the protocol: {0}")]
     Protocol(String),

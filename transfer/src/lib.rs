@@ -116,6 +116,12 @@
 //! everybody with access to the socket (the same user) is trusted to stay within the windows it was
 //! given: a mapping cannot be revoked block by block. Over tcp the owner of the memory checks.
 //!
+//! [`Lane::Verbs`], where it is listed in [`AgentConfig::lanes`], reaches peers by RDMA: the device of the
+//! initiator moves the bytes ([`RdmaConfig`], [`probe_rdma`]). Peers are trusted to stay within their windows as
+//! on shm, but the owner shuts out a peer that is lost, so that closing a window never waits longer than
+//! [`AgentConfig::peer_loss_timeout`] for one. Host memory only; registered memory is locked
+//! (`ulimit -l`).
+//!
 //! Device memory of this agent goes to and comes from places that no device reaches (files, objects,
 //! host memory of peers over tcp) through a few slots of pinned memory ([`StagingConfig`]): it
 //! remains one transfer, and the plan says so.
@@ -355,6 +361,7 @@ mod memory;
 mod op;
 mod peer;
 mod plan;
+mod rdma;
 mod ring;
 mod stage;
 mod stats;
@@ -371,7 +378,7 @@ pub use blockplane_rdma_sys::{
 pub use agent::{Agent, LaneInfo, Peer};
 pub use config::{
     AgentConfig, ArenaConfig, ConnectOptions, CudaConfig, DeviceArenaConfig, FaultConfig,
-    HugePages, Lane, Pem, RemoteAccess, StagingConfig, TlsConfig, TlsPeerName,
+    HugePages, Lane, Pem, RdmaConfig, RemoteAccess, StagingConfig, TlsConfig, TlsPeerName,
 };
 pub use cuda::{
     CudaDevice, CudaError, CudaReport, CudaUnavailable, DeviceEvent, DeviceMemory, DeviceSharing,
@@ -380,8 +387,8 @@ pub use cuda::{
 };
 pub use error::{
     AccessError, AgentError, AgentStopped, ConnectError, DeviceFailure, FetchError, LookupError,
-    LossCause, MapError, MetadataError, PeerLost, PostError, PrepareError, RegisterError,
-    Rejection, Side, TransferError, WindowError,
+    LossCause, MapError, MetadataError, PeerLost, PostError, PrepareError, RdmaError,
+    RegisterError, Rejection, Side, TransferError, WindowError,
 };
 pub use memory::{
     Checksum, HostMemory, HugePageUse, RegionBusy, RegionId, RegionKind, Registration,

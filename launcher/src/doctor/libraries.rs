@@ -6,7 +6,7 @@ use blockplane_transfer::{GidKind, PortState, RdmaDevice, RdmaPort, RdmaReport};
 
 use super::{Finding, Roots, Verdict};
 
-const USED: &str = "not by this version, which moves KV by shared memory and TCP";
+const USED: &str = "by the lane verbs of `transfer` where it is configured; not yet by workers";
 
 /// One finding for UCX, one for libibverbs, and one for each device.
 pub(super) fn findings(roots: &Roots<'_>) -> Vec<Finding> {
@@ -28,7 +28,7 @@ fn ucx(report: &RdmaReport) -> Finding {
         name: "UCX",
         verdict,
         found,
-        used: USED.to_owned(),
+        used: "not by this version, which moves KV by shared memory and TCP".to_owned(),
         advice: advice.to_owned(),
     }
 }

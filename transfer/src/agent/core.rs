@@ -9,7 +9,7 @@ use parking_lot::{Mutex, RwLock};
 
 use super::peer::KnownPeer;
 use super::{CopyPool, Session, Timers};
-use crate::config::{AgentConfig, ArenaConfig, DeviceArenaConfig, RemoteAccess};
+use crate::config::{AgentConfig, ArenaConfig, DeviceArenaConfig, Lane, RemoteAccess};
 use crate::cuda::{CudaUnavailable, DeviceMemory, DeviceWork, Mover};
 use crate::error::{
     AgentError, LossCause, MetadataError, PrepareError, RegisterError, WindowError,
@@ -17,6 +17,7 @@ use crate::error::{
 use crate::memory::{HostMemory, Region, RegionId, RegionOwner, Registration};
 use crate::op::{Notification, NotificationQueue};
 use crate::peer::{Addresses, Metadata, MetadataContent, RegionInfo};
+use crate::rdma::Adapter;
 use crate::stage::Stage;
 use crate::stats::{AgentStats, Counters};
 use crate::storage::Storage;
@@ -49,6 +50,8 @@ pub(crate) struct Core {
     addresses: Addresses,
     pub(crate) reactors: Arc<Reactors>,
     pub(crate) tls: Option<TlsContext>,
+    /// The RDMA device of this agent, where it has the lane.
+    pub(crate) rdma: Option<Arc<Adapter>>,
     /// Connections that peers made to this agent, by nonce.
     incoming: Mutex<HashMap<u64, Weak<Incoming>>>,
 }
@@ -78,6 +81,8 @@ impl Core {
             source,
         };
         let tls = config.tls.as_ref().map(TlsContext::new).transpose()?;
+        let rdma = config.lanes.contains(&Lane::Verbs);
+        let rdma = rdma.then(|| Adapter::open(&config.rdma)).transpose()?;
         let epoch = random_u64().map_err(|e| io("get random bytes", e))?;
         let listeners = Listeners::bind(&config, epoch)?;
         let notifications = NotificationQueue::new(config.notifications_max, config.peers_max)
@@ -114,6 +119,7 @@ impl Core {
             addresses: listeners.addresses.clone(),
             reactors: reactors.clone(),
             tls,
+            rdma,
             incoming: Mutex::default(),
             config,
         });
@@ -260,6 +266,9 @@ impl Core {
     }
 
     fn add_region(self: &Arc<Self>, region: Region) -> Result<Registration, RegisterError> {
+        if let Some(adapter) = &self.rdma {
+            region.register_for_rdma(adapter)?;
+        }
         let region = Arc::new(region);
         let mut regions = self.regions.write();
         let limit = self.config.regions_max;

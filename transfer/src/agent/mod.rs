@@ -37,7 +37,8 @@ pub(crate) use copy::CopyPool;
 pub(crate) use core::{Core, find_in_process, random_u64};
 pub(crate) use peer::NoSession;
 pub(crate) use remote::{
-    DeviceOfPeer, ForeignMemory, MappedMemory, PeerDeviceMemory, RemoteMemory, RemoteRegion,
+    DeviceOfPeer, ForeignMemory, MappedMemory, PeerDeviceMemory, RdmaMemory, RemoteMemory,
+    RemoteRegion,
 };
 pub(crate) use session::{LaneChoice, Session, next_session_key};
 pub(crate) use timers::{TimerKey, Timers};

@@ -250,6 +250,7 @@ impl Core {
             Lane::Loopback => find_in_process(known.metadata.epoch()).is_some(),
             Lane::Shm => addresses.host == self.host() && addresses.shm.is_some(),
             Lane::Tcp => addresses.tcp.is_some(),
+            Lane::Verbs => addresses.tcp.is_some() && self.rdma.is_some(),
             Lane::File | Lane::Object | Lane::Cuda => false,
         })
     }

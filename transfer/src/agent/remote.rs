@@ -30,6 +30,8 @@ pub(crate) enum RemoteMemory {
     Foreign(ForeignMemory),
     /// It is device memory, mapped for the devices of this process.
     Device(DeviceOfPeer),
+    /// An RDMA device of this host reaches into it.
+    Rdma(RdmaMemory),
     /// Through the connection, and why not otherwise.
     Streamed(Arc<str>),
     /// In a file or in objects; the operation knows which.
@@ -45,6 +47,17 @@ pub(crate) struct ForeignMemory {
     /// Address of its first byte in that process.
     pub(crate) base: u64,
     /// Transfers that copy there: the peer frees the memory when none is left.
+    pub(crate) usage: Usage,
+}
+
+/// Memory that the peer has registered for RDMA.
+#[derive(Debug)]
+pub(crate) struct RdmaMemory {
+    /// Address of its first byte in the peer's process.
+    pub(crate) address: u64,
+    /// Names it to the peer's device.
+    pub(crate) key: u32,
+    /// Transfers that reach into it: the peer frees the memory when none is left.
     pub(crate) usage: Usage,
 }
 
@@ -130,6 +143,7 @@ impl RemoteRegion {
     const fn usage(&self) -> Option<&Usage> {
         match &self.memory {
             RemoteMemory::Foreign(foreign) => Some(&foreign.usage),
+            RemoteMemory::Rdma(memory) => Some(&memory.usage),
             RemoteMemory::Device(device) => device.usage.as_ref(),
             RemoteMemory::Mapped(_)
             | RemoteMemory::Streamed(_)
@@ -170,6 +184,7 @@ impl RemoteRegion {
             RemoteMemory::Mapped(MappedMemory::Shared(_))
             | RemoteMemory::Device(_)
             | RemoteMemory::Foreign(_)
+            | RemoteMemory::Rdma(_)
             | RemoteMemory::Streamed(_)
             | RemoteMemory::Stored
             | RemoteMemory::Unreachable(_) => false,

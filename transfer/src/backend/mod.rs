@@ -4,6 +4,7 @@ mod faulty;
 mod loopback;
 mod shm;
 mod tcp;
+mod verbs;
 
 use std::fmt;
 use std::sync::Arc;
@@ -137,6 +138,7 @@ pub(crate) fn open(
         Lane::Loopback => loopback::open(core, metadata),
         Lane::Shm => shm::open(core, metadata, until),
         Lane::Tcp => tcp::open(core, metadata, until),
+        Lane::Verbs => verbs::open(core, metadata, until),
         Lane::File => Err(LaneFailure::unusable("files are opened, not connected to")),
         Lane::Object => Err(LaneFailure::unusable(
             "object stores are opened, not connected to",

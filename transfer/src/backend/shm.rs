@@ -50,6 +50,7 @@ pub(super) fn open(
         process,
         unmapped: "the region is not an arena, it goes over the Unix socket",
         notifications,
+        rdma: None,
     };
     let client = WireClient::new(core, &core.reactors, wire);
     Ok((

@@ -43,13 +43,14 @@ pub(super) fn open(
         process: None,
         unmapped: "the connection is TCP",
         notifications: None,
+        rdma: None,
     };
     let client = WireClient::new(core, &core.reactors, wire);
     Ok((client, format!("TCP to {address}{secure}"), streams))
 }
 
 /// Connects and says hello.
-fn enter(
+pub(super) fn enter(
     core: &Core,
     address: &str,
     hello: &Hello,

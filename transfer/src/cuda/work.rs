@@ -504,6 +504,7 @@ fn peer_of(region: &RemoteRegion) -> Option<&DeviceOfPeer> {
         RemoteMemory::Device(peer) => Some(peer),
         RemoteMemory::Mapped(_)
         | RemoteMemory::Foreign(_)
+        | RemoteMemory::Rdma(_)
         | RemoteMemory::Streamed(_)
         | RemoteMemory::Stored
         | RemoteMemory::Unreachable(_) => None,
@@ -569,6 +570,7 @@ impl Reach<'_> {
             RemoteMemory::Foreign(_) => {
                 unreachable("it is memory of another process that is not an arena")
             }
+            RemoteMemory::Rdma(_) => unreachable("it is reached by RDMA"),
             RemoteMemory::Streamed(why) | RemoteMemory::Unreachable(why) => unreachable(why),
             RemoteMemory::Stored => unreachable("it is storage"),
         }

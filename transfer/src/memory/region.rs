@@ -18,6 +18,7 @@ use crate::cuda::{
 };
 use crate::error::{AccessError, RegisterError};
 use crate::plan::LayoutError;
+use crate::rdma::{Adapter, Key};
 
 /// Names a region of one agent in one epoch; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -151,6 +152,8 @@ pub(crate) struct Region {
     base: NonNull<u8>,
     /// Before the memory, so that it is unpinned before it goes.
     pin: OnceLock<Pin>,
+    /// Likewise, and gone before anybody is told that the region is.
+    rdma: OnceLock<Key>,
     backing: Backing,
     released: AtomicBool,
     gone: Arc<Gone>,
@@ -178,6 +181,7 @@ impl Gone {
 
 impl Drop for Region {
     fn drop(&mut self) {
+        drop(self.rdma.take());
         *self.gone.gone.lock() = true;
         self.gone.changed.notify_all();
     }
@@ -315,6 +319,7 @@ impl Region {
             len,
             base,
             pin: OnceLock::new(),
+            rdma: OnceLock::new(),
             backing,
             released: AtomicBool::new(false),
             gone: Arc::default(),
@@ -371,6 +376,32 @@ impl Region {
         // SAFETY: the memory stays until `backing` is dropped, which is after `pin`.
         let start = || unsafe { Pin::start(device, self.base, self.len, config) };
         self.pin.get_or_init(start)
+    }
+
+    /// Registers host memory at an RDMA device: it is locked in place from now on. Device memory stays
+    /// out of its reach.
+    pub(crate) fn register_for_rdma(&self, adapter: &Arc<Adapter>) -> Result<(), RegisterError> {
+        if self.device().is_some() {
+            return Ok(());
+        }
+        let open = self.access != RemoteAccess::None;
+        // SAFETY: the memory stays until `backing` is dropped, which is after the key.
+        let key = unsafe { adapter.register(self.base.as_ptr(), self.len, open) };
+        let key = key.map_err(|source| RegisterError::Rdma {
+            label: self.label.to_string(),
+            bytes: self.len,
+            device: adapter.name.clone(),
+            limit: rustix::process::getrlimit(rustix::process::Resource::Memlock).current,
+            source,
+        })?;
+        // A region is registered once, before anybody else knows it.
+        let _ = self.rdma.set(key);
+        Ok(())
+    }
+
+    /// Its keys at the agent's RDMA device.
+    pub(crate) fn rdma(&self) -> Option<&Key> {
+        self.rdma.get()
     }
 
     pub(crate) fn release(&self) {

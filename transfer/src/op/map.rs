@@ -142,6 +142,7 @@ pub(crate) fn map_blocks(
     match &region.memory {
         RemoteMemory::Mapped(MappedMemory::InProcess(_) | MappedMemory::Shared(_)) => {}
         RemoteMemory::Foreign(_) => return Err(not_mapped("it is not an arena")),
+        RemoteMemory::Rdma(_) => return Err(not_mapped("it is reached by RDMA")),
         RemoteMemory::Streamed(why) => return Err(not_mapped(why)),
         RemoteMemory::Stored => return Err(not_mapped("it is storage")),
         RemoteMemory::Unreachable(why) => return Err(not_mapped(why)),

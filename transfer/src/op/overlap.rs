@@ -46,6 +46,7 @@ impl Extent {
             }) => (0, theirs.address()),
             RemoteMemory::Device(_)
             | RemoteMemory::Foreign(_)
+            | RemoteMemory::Rdma(_)
             | RemoteMemory::Streamed(_)
             | RemoteMemory::Stored
             | RemoteMemory::Unreachable(_) => (region.id.0.wrapping_add(1), 0),

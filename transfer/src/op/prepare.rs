@@ -525,9 +525,27 @@ impl Checked {
             )),
             RemoteMemory::Mapped(_)
             | RemoteMemory::Device(_)
+            | RemoteMemory::Rdma(_)
             | RemoteMemory::Stored
             | RemoteMemory::Unreachable(_) => None,
         });
+        let by_rdma = ends().find_map(|(local, remote)| {
+            matches!(remote.memory, RemoteMemory::Rdma(_)).then_some((local, remote))
+        });
+        if by_rdma.is_some()
+            && let Some((local, remote)) = ends().find(|(local, remote)| {
+                local.rdma().is_none() || !matches!(remote.memory, RemoteMemory::Rdma(_))
+            })
+        {
+            let reason = format!(
+                "region {} of this agent is not registered for RDMA, which takes host memory only",
+                local.id
+            );
+            return Err(PrepareError::Unreachable {
+                region: remote.id,
+                reason,
+            });
+        }
         let by_peer = memories().any(|memory| matches!(memory, RemoteMemory::Device(_)));
         let staged = beyond.filter(|_| near && !by_peer);
         let on_device = ends().any(|(local, remote)| {
@@ -549,6 +567,12 @@ impl Checked {
             reason.push_str(&how);
             let parts = work.parts();
             (Path::Staged(Arc::new(work)), parts)
+        } else if by_rdma.is_some() {
+            // 2^30 parts at most.
+            let least = (self.bytes >> 30).next_multiple_of(64);
+            let part_bytes = core.config.rdma.part_bytes.max(least);
+            let parts = u32::try_from(parts_of(self.bytes, part_bytes)).unwrap_or(u32::MAX);
+            (Path::Rdma { part_bytes }, parts)
         } else if on_device {
             let (work, how) = DeviceWork::prepare(core, op, sets, tensors)?;
             lane = Lane::Cuda;

@@ -304,6 +304,11 @@ impl TransferState {
         }
     }
 
+    /// Whether it is a half of a part of another operation.
+    pub(crate) const fn is_half(&self) -> bool {
+        self.half_of.is_some()
+    }
+
     fn is_staged(&self) -> bool {
         self.work
             .as_ref()

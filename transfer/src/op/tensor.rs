@@ -214,6 +214,7 @@ impl Sides {
             RemoteMemory::Foreign(_) => core.stage.is_near(&self.local_region),
             RemoteMemory::Mapped(_)
             | RemoteMemory::Device(_)
+            | RemoteMemory::Rdma(_)
             | RemoteMemory::Stored
             | RemoteMemory::Unreachable(_) => false,
         };

@@ -26,6 +26,8 @@ pub(crate) enum Path {
     /// Both sides are within reach of this process or of the kernel: copy in parts of this many
     /// bytes.
     Copy { part_bytes: u64 },
+    /// By RDMA, in parts of this many bytes.
+    Rdma { part_bytes: u64 },
     /// Through the streams of the connection.
     Stream { stripes: Vec<Stripe> },
     /// By a device.
@@ -182,6 +184,7 @@ impl Work {
                     RemoteMemory::Mapped(at) => set.copy_mapped(at, self.op, within, stores),
                     RemoteMemory::Foreign(at) => set.copy_foreign(at, self.op, within)?,
                     RemoteMemory::Device(_)
+                    | RemoteMemory::Rdma(_)
                     | RemoteMemory::Streamed(_)
                     | RemoteMemory::Stored
                     | RemoteMemory::Unreachable(_) => {}
@@ -194,6 +197,7 @@ impl Work {
                     RemoteMemory::Mapped(at) => copy.copy_mapped(at, self.op, within, stores),
                     RemoteMemory::Foreign(at) => copy.copy_foreign(at, self.op, within)?,
                     RemoteMemory::Device(_)
+                    | RemoteMemory::Rdma(_)
                     | RemoteMemory::Streamed(_)
                     | RemoteMemory::Stored
                     | RemoteMemory::Unreachable(_) => {}
@@ -202,6 +206,53 @@ impl Work {
         }
         publish(stores);
         Ok(())
+    }
+}
+
+impl Work {
+    /// Calls `f(local region, remote region, offset here, offset there, bytes)` for the contiguous
+    /// pieces of part `part` of an operation that goes by RDMA.
+    pub(crate) fn for_each_piece(
+        &self,
+        part: u32,
+        mut f: impl FnMut(&Region, &RemoteRegion, u64, u64, u64),
+    ) {
+        let Path::Rdma { part_bytes } = self.path else {
+            return;
+        };
+        let range = part_range(self.plan.bytes, part_bytes, u64::from(part));
+        let first = self.starts.partition_point(|start| *start <= range.start) - 1;
+        let within = |start: u64, bytes: u64| {
+            range.start.saturating_sub(start)..range.end.saturating_sub(start).min(bytes)
+        };
+        let starts = self.starts[first..]
+            .iter()
+            .take_while(|start| **start < range.end);
+        if self.tensors.is_empty() {
+            for (set, &start) in self.sets[first..].iter().zip(starts) {
+                let within = within(start, set.local.bytes());
+                let (local, remote) = set.ends();
+                for_each_segment(&set.local, &set.remote, set.order, within, |l, r, bytes| {
+                    f(local, remote, l, r, bytes);
+                });
+            }
+        } else {
+            for (copy, &start) in self.tensors[first..].iter().zip(starts) {
+                let within = within(start, copy.pair.bytes());
+                let (local, remote) = copy.ends();
+                copy.pair.for_each_row(within, |row| {
+                    for run in 0..row.count {
+                        let from = row.from + run * row.from_step;
+                        let to = row.to + run * row.to_step;
+                        let (l, r) = match self.op {
+                            Op::Write => (from, to),
+                            Op::Read => (to, from),
+                        };
+                        f(local, remote, l, r, row.bytes);
+                    }
+                });
+            }
+        }
     }
 }
 

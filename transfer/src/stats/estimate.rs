@@ -166,6 +166,7 @@ const fn usual(lane: Lane) -> (f64, f64) {
     match lane {
         Lane::Loopback | Lane::Shm => (3_000.0, 10.0),
         Lane::Tcp => (60_000.0, 2.5),
+        Lane::Verbs => (20_000.0, 10.0),
         Lane::File => (100_000.0, 1.5),
         Lane::Cuda => (100_000_000_000.0, 0.000_015),
         Lane::Object => (20_000_000.0, 0.2),

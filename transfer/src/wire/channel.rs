@@ -69,7 +69,7 @@ impl NotificationChannel {
 type Received = (Header, Vec<u8>, Option<OwnedFd>);
 
 /// Reads one small frame and not a byte more.
-fn receive_frame(socket: &Socket, until: Instant) -> Result<Received, HandshakeFailure> {
+pub(super) fn receive_frame(socket: &Socket, until: Instant) -> Result<Received, HandshakeFailure> {
     const BODY_MAX: usize = 64;
     let mut files = VecDeque::new();
     let mut frame = vec![0; HEADER_BYTES];

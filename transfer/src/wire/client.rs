@@ -14,12 +14,13 @@ use super::channel::{NotificationChannel, Sent};
 use super::control::{ControlRx, ControlTx, Frame, Violation};
 use super::data::{DataCommand, DataStream, Key, Role};
 use super::frame::{Code, Header, Kind, RegionAnswer, decode_grant};
+use super::rdma::Completions;
 use super::reactor::{Event, Flow, Placement, Reactors, Source};
 use super::socket::Socket;
 use super::watch::{ProcessWatch, Pulse};
 use crate::agent::{
-    Core, DeviceOfPeer, ForeignMemory, MappedMemory, PeerDeviceMemory, RemoteMemory, RemoteRegion,
-    Session, Timers,
+    Core, DeviceOfPeer, ForeignMemory, MappedMemory, PeerDeviceMemory, RdmaMemory, RemoteMemory,
+    RemoteRegion, Session, Timers,
 };
 use crate::backend::{Backend, Refusal};
 use crate::config::RemoteAccess;
@@ -27,6 +28,7 @@ use crate::cuda::{CudaDevice, Imported, device_with};
 use crate::error::{LossCause, Rejection, TransferError};
 use crate::memory::{PeerProcess, RegionId, map_arena};
 use crate::op::{Op, Path, Stripe, TransferState, Work};
+use crate::rdma::Link;
 use crate::ring::SendError;
 use crate::window::{Grant, Usage, WindowId};
 
@@ -48,6 +50,8 @@ pub(crate) struct ConnectedWire {
     pub(crate) unmapped: &'static str,
     /// How notifications go, when not as frames.
     pub(crate) notifications: Option<NotificationChannel>,
+    /// By which payload goes, when not over `data`.
+    pub(crate) rdma: Option<Arc<Link>>,
 }
 
 pub(crate) struct WireClient {
@@ -70,6 +74,8 @@ pub(crate) struct WireClient {
     reads_max: usize,
     unmapped: &'static str,
     notifications: Option<NotificationChannel>,
+    rdma: Option<Arc<Link>>,
+    rdma_at: Placement,
     /// The peer's process, for copies through the kernel; none once the connection is closed.
     process: Mutex<Option<Arc<PeerProcess>>>,
 }
@@ -148,6 +154,8 @@ impl WireClient {
             reads_max: usize::try_from(wire.reads_max).unwrap_or(usize::MAX),
             unmapped: wire.unmapped,
             notifications: wire.notifications,
+            rdma: wire.rdma,
+            rdma_at: reactors.place_data(),
             process,
         })
     }
@@ -420,6 +428,8 @@ impl WireClient {
             | Kind::Rang
             | Kind::RegionQuiet
             | Kind::Bye
+            | Kind::OfferQueuePair
+            | Kind::QueuePair
             | Kind::Ring
             | Kind::Bell
             | Kind::StripeDone
@@ -466,6 +476,35 @@ impl WireClient {
         })
     }
 
+    /// Memory that the peer has registered for RDMA.
+    fn rdma_memory(&self, id: RegionId, address: u64, key: u32) -> RemoteMemory {
+        let client = self.me.clone();
+        let quiet = move || {
+            let shut = |link: &Arc<Link>| link.is_shut();
+            if let Some(client) = client.upgrade()
+                && !client.rdma.as_ref().is_some_and(shut)
+            {
+                client
+                    .control
+                    .header(Header::new(Kind::RegionQuiet, id.0, 0));
+            }
+        };
+        RemoteMemory::Rdma(RdmaMemory {
+            address,
+            key,
+            usage: Usage::new(Box::new(quiet)),
+        })
+    }
+
+    /// Takes what the RDMA device has completed.
+    pub(super) fn rdma_ready(&self) {
+        if let Some(link) = &self.rdma
+            && let Err(cause) = link.progress()
+        {
+            self.lost(cause);
+        }
+    }
+
     /// Memory of a device: mapped for ours, if the peer shares it and we see that device.
     fn device_memory(
         &self,
@@ -499,6 +538,10 @@ impl WireClient {
     }
 
     fn window_quiet(&self, window: WindowId) {
+        // What was on its way may still land. The peer shuts us out before it counts us as quiet.
+        if self.rdma.as_ref().is_some_and(|link| link.is_shut()) {
+            return;
+        }
         self.control
             .header(Header::new(Kind::WindowQuiet, window.0, 0));
     }
@@ -576,6 +619,10 @@ impl Backend for WireClient {
             });
             self.reactors.add(self.process_at, Box::new(watch));
         }
+        if let Some(link) = &self.rdma {
+            let events = Completions::new(link.clone(), self.me.clone());
+            self.reactors.add(self.rdma_at, Box::new(events));
+        }
         let rx = ControlRx::new(control);
         self.reactors
             .add(self.control_at, Box::new(ClientControl { rx, client: me }));
@@ -592,8 +639,12 @@ impl Backend for WireClient {
             return Err(Refusal::Denied);
         }
         let memory = match file {
+            _ if answer.rdma.is_some() && self.rdma.is_some() => {
+                self.rdma_memory(id, answer.address, answer.rdma.unwrap_or_default())
+            }
             _ if answer.device.is_some() => self.device_memory(id, &answer, file.as_ref()),
             None if answer.address != 0 => self.foreign(id, answer.address),
+            None if self.rdma.is_some() => RemoteMemory::Unreachable(self.unmapped.into()),
             None => RemoteMemory::Streamed(self.unmapped.into()),
             Some(file) => match map_arena(&file, answer.len) {
                 Ok(mapping) => RemoteMemory::Mapped(MappedMemory::Shared(mapping)),
@@ -620,6 +671,12 @@ impl Backend for WireClient {
 
     fn start(&self, transfer: &Arc<TransferState>) {
         let Some(work) = &transfer.work else { return };
+        if let (Path::Rdma { .. }, Some(link)) = (&work.path, &self.rdma) {
+            if let Err(cause) = link.start(transfer) {
+                self.lost(cause);
+            }
+            return;
+        }
         let Path::Stream { stripes } = &work.path else {
             transfer.start_here();
             return;
@@ -648,6 +705,7 @@ impl Backend for WireClient {
                     .data(at, DataCommand::Stop { id: transfer.id });
             }
         } else {
+            // What a device has been given of it completes by itself.
             transfer.stop_here();
         }
     }
@@ -674,6 +732,7 @@ impl Backend for WireClient {
 
     fn help(&self, transfer: &Arc<TransferState>, until: Instant) {
         let stripes = match transfer.work.as_ref().map(|work| &work.path) {
+            Some(Path::Rdma { .. }) => return self.reactors.help(self.rdma_at, until, &**transfer),
             Some(Path::Stream { stripes }) => &stripes[..],
             // Only the answer to the notification is missing.
             None => &[],
@@ -685,7 +744,7 @@ impl Backend for WireClient {
     }
 
     fn wake_helpers(&self) {
-        for &at in self.data_at.iter().chain([&self.control_at]) {
+        for &at in self.data_at.iter().chain([&self.control_at, &self.rdma_at]) {
             self.reactors.wake(at);
         }
     }
@@ -698,6 +757,10 @@ impl Backend for WireClient {
             self.reactors.remove(at);
         }
         self.reactors.remove(self.process_at);
+        if let Some(link) = &self.rdma {
+            link.shut();
+            self.reactors.remove(self.rdma_at);
+        }
     }
 
     fn close(&self) {

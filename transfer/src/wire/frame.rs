@@ -35,6 +35,7 @@ pub(crate) enum Kind {
     Rang = 36,
     RegionQuiet = 37,
     Bye = 38,
+    OfferQueuePair = 39,
     // Control connection, from the target.
     Region = 48,
     Window = 49,
@@ -44,6 +45,7 @@ pub(crate) enum Kind {
     StripeDone = 53,
     Ring = 54,
     Bell = 55,
+    QueuePair = 56,
     // Data connection, from the initiator.
     Write = 64,
     WriteAbort = 65,
@@ -71,6 +73,7 @@ impl Kind {
             36 => Self::Rang,
             37 => Self::RegionQuiet,
             38 => Self::Bye,
+            39 => Self::OfferQueuePair,
             48 => Self::Region,
             49 => Self::Window,
             50 => Self::WindowClose,
@@ -79,6 +82,7 @@ impl Kind {
             53 => Self::StripeDone,
             54 => Self::Ring,
             55 => Self::Bell,
+            56 => Self::QueuePair,
             64 => Self::Write,
             65 => Self::WriteAbort,
             66 => Self::Read,
@@ -410,6 +414,8 @@ pub(crate) struct RegionAnswer {
     /// Address of the first byte in the target's process, for an initiator that may copy there
     /// through the kernel; 0 for none.
     pub(crate) address: u64,
+    /// Key of the memory for an initiator that reaches it by RDMA, at `address`.
+    pub(crate) rdma: Option<u32>,
     /// What it takes to map device memory; the file is that of the memory then, if there is one.
     pub(crate) device: Option<DeviceAnswer>,
 }
@@ -432,6 +438,11 @@ impl RegionAnswer {
         out.u8(access_code(self.access));
         out.u8(u8::from(self.file));
         out.u64(self.address);
+        if let Some(key) = self.rdma {
+            out.u8(3);
+            out.u32(key);
+            return out.bytes;
+        }
         let Some(device) = &self.device else {
             out.u8(0);
             return out.bytes;
@@ -454,6 +465,10 @@ impl RegionAnswer {
             let file = reader.u8()? != 0;
             let address = reader.u64()?;
             let kind = reader.u8()?;
+            let rdma = match kind {
+                3 => Some(reader.u32()?),
+                _ => None,
+            };
             let device = match kind {
                 1 | 2 => Some(DeviceAnswer {
                     uuid: reader.array()?,
@@ -468,11 +483,12 @@ impl RegionAnswer {
                 }),
                 _ => None,
             };
-            Ok(access.filter(|_| kind <= 2).map(|access| Self {
+            Ok(access.filter(|_| kind <= 3).map(|access| Self {
                 len,
                 access,
                 file,
                 address,
+                rdma,
                 device,
             }))
         };

@@ -24,6 +24,7 @@ use crate::error::LossCause;
 use crate::memory::{Region, RegionId};
 use crate::op::Notification;
 use crate::plan::{BlockSet, Order};
+use crate::rdma::{Endpoint, QueuePair};
 use crate::window::{GrantSpec, Holder, OpenWindow, WindowId};
 
 /// Data connections that one initiator may open.
@@ -54,6 +55,8 @@ pub(crate) struct Incoming {
     /// Raised after bytes were placed and read before a notification is delivered: orders the two
     /// for readers in this process, whichever threads served the sockets.
     placed: AtomicU64,
+    /// Lets the initiator reach into our memory. Locked before nothing else.
+    rdma: Mutex<Option<QueuePair>>,
     state: Mutex<State>,
 }
 
@@ -129,6 +132,7 @@ impl Incoming {
             bye: AtomicBool::new(false),
             fading: AtomicBool::new(false),
             placed: AtomicU64::new(0),
+            rdma: Mutex::default(),
             state: Mutex::default(),
         })
     }
@@ -243,6 +247,9 @@ impl Incoming {
             return;
         }
         tracing::debug!(from = %self.from, epoch = self.epoch, %cause, "incoming connection ended");
+        // First: nothing of it lands any more when windows count as quiet.
+        let pair = self.rdma.lock().take();
+        drop(pair);
         self.close_streams();
         self.control.close();
         let mut state = self.state.lock();
@@ -258,6 +265,44 @@ impl Incoming {
             window.acknowledge(self.key);
         }
         self.core.forget_incoming(self.nonce);
+    }
+
+    /// The initiator wants to reach into our memory by RDMA.
+    fn answer_offer(&self, body: &[u8]) -> Result<(), Violation> {
+        let theirs = Endpoint::decode(body).ok_or(Violation("malformed OFFER_QUEUE_PAIR"))?;
+        let header = Header::new(Kind::QueuePair, 0, 0);
+        let mut slot = self.rdma.lock();
+        if slot.is_some() {
+            return Err(Violation("a second queue pair"));
+        }
+        let Some(adapter) = &self.core.rdma else {
+            self.control.header(header.code(Code::Unsupported));
+            return Ok(());
+        };
+        let made = QueuePair::target(adapter).and_then(|pair| {
+            pair.receive_from(&theirs)?;
+            Ok(pair)
+        });
+        match made {
+            Ok(pair) => {
+                let ours = pair.endpoint();
+                // An end that came meanwhile waits for the lock and takes it out again, or has been here.
+                if !self.lost.load(Ordering::Acquire) {
+                    *slot = Some(pair);
+                    self.control.send(header.with_body(&ours.encode()), None);
+                }
+            }
+            Err(error) => {
+                tracing::warn!(from = %self.from, %error, "no queue pair for a peer");
+                self.control.header(header.code(Code::Busy));
+            }
+        }
+        Ok(())
+    }
+
+    /// It reaches into our memory without us: through mappings or by RDMA.
+    fn reaches(&self) -> bool {
+        self.maps || self.rdma.lock().is_some()
     }
 
     fn close_streams(&self) {
@@ -351,6 +396,7 @@ impl Incoming {
                 drop(region);
             }
             Kind::Bye => self.bye.store(true, Ordering::Release),
+            Kind::OfferQueuePair => self.answer_offer(body)?,
             Kind::Rang => self.core.notifications.wake_tasks(),
             Kind::Notify => {
                 let code = self.deliver(body);
@@ -370,6 +416,7 @@ impl Incoming {
             | Kind::StripeDone
             | Kind::Ring
             | Kind::Bell
+            | Kind::QueuePair
             | Kind::Write
             | Kind::WriteAbort
             | Kind::Read
@@ -421,8 +468,12 @@ impl Incoming {
             .device()
             .map(|range| self.share_device(&region, range, &mut file));
         let by_kernel = self.maps && file.is_none() && device.is_none();
+        let rdma = region
+            .rdma()
+            .filter(|_| self.rdma.lock().is_some())
+            .map(|key| key.remote);
         let by_handle = device.is_some_and(|device| device.handle.is_some());
-        if by_kernel || by_handle {
+        if by_kernel || by_handle || rdma.is_some() {
             // The memory stays until the initiator says that it does not copy there any more.
             self.state.lock().held.insert(id, region.clone());
         }
@@ -430,7 +481,12 @@ impl Incoming {
             len: region.len as u64,
             access: region.access,
             file: file.is_some(),
-            address: if by_kernel { region.address() } else { 0 },
+            address: if by_kernel || rdma.is_some() {
+                region.address()
+            } else {
+                0
+            },
+            rdma,
             device,
         };
         self.control.send(header.with_body(&answer.encode()), file);
@@ -477,7 +533,7 @@ impl Incoming {
             let body = encode_grant(&spec)?;
             self.state.lock().windows.insert(id, window.clone());
             let holder: Weak<dyn Holder> = self.me.clone();
-            if window.add_holder(self.key, holder, self.maps) {
+            if window.add_holder(self.key, holder, self.reaches()) {
                 Some(body)
             } else {
                 self.state.lock().windows.remove(&id);

@@ -61,7 +61,7 @@ impl Listeners {
             ..Addresses::default()
         };
         let mut tcp = None;
-        if config.lanes.contains(&Lane::Tcp) {
+        if config.lanes.contains(&Lane::Tcp) || config.lanes.contains(&Lane::Verbs) {
             let what = format!("listen on {}", config.tcp_bind);
             let io = |source| AgentError::Io {
                 what: what.clone(),
@@ -445,6 +445,9 @@ impl Guest {
     }
 
     fn enter_data(&self, core: &Core, hello: &Hello, nonce: u64) -> Flow {
+        if !self.unix && !core.config.lanes.contains(&Lane::Tcp) {
+            return self.refuse(Code::Unsupported);
+        }
         let Some(incoming) = core
             .incoming(nonce)
             .filter(|i| i.epoch() == hello.from_epoch)

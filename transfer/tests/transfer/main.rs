@@ -22,6 +22,7 @@ mod suite;
 mod support;
 mod tensors;
 mod tls;
+mod verbs_alone;
 
 use blockplane_transfer::Lane;
 
@@ -37,6 +38,12 @@ macro_rules! conformance {
         )*)* }
         mod tcp { $($(
             #[test] fn $name() { crate::$part::$name(&crate::Setup::new(crate::Lane::Tcp)); }
+        )*)* }
+        // Two devices of one machine: see tests/rdma.
+        mod verbs { $($(
+            #[test]
+            #[ignore = "needs two RDMA devices: tests/run rdma"]
+            fn $name() { crate::$part::$name(&crate::Setup::new(crate::Lane::Verbs)); }
         )*)* }
         mod tcp_with_tls { $($(
             #[test] fn $name() { crate::$part::$name(&crate::Setup::with_tls()); }

@@ -62,6 +62,11 @@ impl Setup {
         config.io_threads = 2;
         // The suite loads the machine; only tests that are about silence shorten this.
         config.peer_loss_timeout = Duration::from_secs(10);
+        // Each of a pair has a device of its own.
+        if self.lane == Lane::Verbs {
+            config.rdma.device = Some(if name == "a" { "rxe0" } else { "rxe1" }.to_owned());
+            config.rdma.part_bytes = 16384;
+        }
         config.faults = self.faults.clone();
         config.tls = self.tls.clone();
         config
