@@ -229,6 +229,7 @@ def run_groups(groups, tally):
             timed(f"{group}: {name}", lambda: run_executable(group, name, folder, path, tally))
         if group == "vllm" and python_ready:
             timed("vllm: NixlConnector", lambda: run_vllm_pair(tally))
+            timed("vllm: BlockplaneConnector", lambda: run_vllm_connector(tally))
         if group == "unit":
             timed("unit: doc tests", lambda: run_doc_tests(tally))
             timed("unit: loom models", lambda: run_loom(tally))
@@ -663,6 +664,20 @@ def run_vllm_pair(tally):
         tally.fail("vllm: NixlConnector on our nixl")
     else:
         tally.add(passed=1)
+
+
+def run_vllm_connector(tally):
+    """A real vLLM whose KV cache is in our tiers: kept, found after a restart, damaged, not loaded."""
+    site = install_packages("vllm", tally)
+    if site is None:
+        return
+    python = pathlib.Path(os.environ["BLOCKPLANE_VLLM"]).with_name("python")
+    command = [str(python), "python/tests/vllm_connector.py", "--model", str(FIXTURES / "qwen3")]
+    code, output = stream([*command, "--ours", str(site)], ROOT, LIMIT_S["vllm"])
+    passed = sum(line.startswith("ok  ") for line in output.splitlines())
+    tally.add(passed=passed)
+    if code or not passed:
+        tally.fail("vllm: BlockplaneConnector")
 
 
 def first_url(deployment, log):

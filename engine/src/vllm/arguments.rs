@@ -23,8 +23,21 @@ pub struct Wanted {
     pub dp_size: Option<u32>,
     /// Where rank 0 shall publish KV events, and where it shall answer who missed some.
     pub events: (String, String),
+    /// What its KV cache is connected to, where a person has said it to us.
+    pub connector: Option<Connector>,
     /// This vLLM offers `/inference/v1/generate` only when it is told to.
     pub scale_out: bool,
+}
+
+/// What vLLM's KV cache is connected to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connector {
+    /// Our tiers: host memory, disk, objects.
+    Kvbm,
+    /// Other vLLMs.
+    Nixl,
+    /// Both.
+    KvbmAndNixl,
 }
 
 /// A command line, and what follows from it.
@@ -50,6 +63,9 @@ pub struct ArgumentError {
 
 /// Connectors by which one vLLM hands KV to another, and that we start where nobody names one.
 const CONNECTOR: &str = "NixlConnector";
+
+/// Our connector for vLLM, of the Python package `blockplane`, and where it is.
+const TIERS: (&str, &str) = ("BlockplaneConnector", "blockplane.vllm");
 
 /// Arguments that are ours to give, with the reason.
 const OURS: [(&str, &str); 9] = [
@@ -132,7 +148,7 @@ pub fn arguments(given: &[String], wanted: &Wanted) -> Result<Arguments, Argumen
             Some(source)
         }
     };
-    if let Some(text) = connector(&known, wanted.role)? {
+    if let Some(text) = connector(&known, wanted)? {
         add(&["--kv-transfer-config", &text]);
     }
     let policy = known.value("--scheduling-policy");
@@ -207,10 +223,18 @@ fn events(known: &Given<'_>, wanted: &Wanted) -> Result<Events, ArgumentError> {
     }))
 }
 
-/// The connector to add, for the roles that need one.
-fn connector(known: &Given<'_>, role: WorkerRole) -> Result<Option<String>, ArgumentError> {
+/// The connector to add: the one that was asked for, and else for the roles that need one.
+fn connector(known: &Given<'_>, wanted: &Wanted) -> Result<Option<String>, ArgumentError> {
     let argument = "--kv-transfer-config";
     let config = known.json(argument)?;
+    let role = wanted.role;
+    if let Some(asked) = wanted.connector {
+        if config.is_some() {
+            let reason = "--connector before '--' says it already; say it once";
+            return Err(error(argument, reason));
+        }
+        return Ok(Some(asked_for(asked, role)?));
+    }
     let (unfit, needs) = match role {
         WorkerRole::Aggregated => return Ok(None),
         WorkerRole::Prefill => ("kv_consumer", "kv_producer"),
@@ -218,13 +242,7 @@ fn connector(known: &Given<'_>, role: WorkerRole) -> Result<Option<String>, Argu
     };
     let role = role.as_str();
     let Some(config) = config else {
-        // A failed load is computed again: a request is not lost with the worker that had its KV.
-        let text = json!({
-            "kv_connector": CONNECTOR,
-            "kv_role": needs,
-            "kv_load_failure_policy": "recompute",
-        });
-        return Ok(Some(text.to_string()));
+        return Ok(Some(by_nixl(needs).to_string()));
     };
     if config["kv_connector"].as_str().is_none_or(str::is_empty) {
         let reason = format!(
@@ -237,6 +255,44 @@ fn connector(known: &Given<'_>, role: WorkerRole) -> Result<Option<String>, Argu
         return Err(error(argument, &reason));
     }
     Ok(None)
+}
+
+/// A failed load is computed again: a request is not lost with the worker that had its KV.
+fn by_nixl(kv_role: &str) -> Value {
+    json!({
+        "kv_connector": CONNECTOR,
+        "kv_role": kv_role,
+        "kv_load_failure_policy": "recompute",
+    })
+}
+
+fn asked_for(asked: Connector, role: WorkerRole) -> Result<String, ArgumentError> {
+    let mode = match asked {
+        Connector::Nixl => {
+            let kv_role = match role {
+                WorkerRole::Aggregated => "kv_both",
+                WorkerRole::Prefill => "kv_producer",
+                WorkerRole::Decode => "kv_consumer",
+            };
+            return Ok(by_nixl(kv_role).to_string());
+        }
+        Connector::Kvbm if role == WorkerRole::Aggregated => "kvbm",
+        Connector::Kvbm => {
+            let role = role.as_str();
+            let reason = format!("a {role} worker hands KV over: it needs --connector kvbm nixl");
+            return Err(error("--connector", &reason));
+        }
+        Connector::KvbmAndNixl => "kvbm+nixl",
+    };
+    let (name, module) = TIERS;
+    let text = json!({
+        "kv_connector": name,
+        "kv_connector_module_path": module,
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": { "mode": mode },
+    });
+    Ok(text.to_string())
 }
 
 impl<'a> Given<'a> {
@@ -315,6 +371,7 @@ mod tests {
             block_tokens: None,
             dp_size: None,
             events: ("ipc:///e".to_owned(), "ipc:///r".to_owned()),
+            connector: None,
             scale_out: true,
         }
     }
@@ -372,6 +429,30 @@ mod tests {
                 .argv;
             assert!(!argv.join(" ").contains("NixlConnector"));
         }
+    }
+
+    #[test]
+    fn a_connector_that_is_asked_for_is_given_to_the_roles_that_it_fits() {
+        let asked = |connector, role| Wanted {
+            connector: Some(connector),
+            ..wanted(role)
+        };
+        let line = |connector, role| with(&[], &asked(connector, role)).unwrap().argv.join(" ");
+        let kvbm = line(Connector::Kvbm, WorkerRole::Aggregated);
+        assert!(
+            kvbm.contains(r#""kv_connector_module_path":"blockplane.vllm""#),
+            "{kvbm}"
+        );
+        assert!(kvbm.contains(r#"{"mode":"kvbm"}"#), "{kvbm}");
+        let both = line(Connector::KvbmAndNixl, WorkerRole::Decode);
+        assert!(both.contains(r#"{"mode":"kvbm+nixl"}"#), "{both}");
+        let nixl = line(Connector::Nixl, WorkerRole::Aggregated);
+        assert!(nixl.contains(r#""kv_connector":"NixlConnector""#), "{nixl}");
+        let alone = with(&[], &asked(Connector::Kvbm, WorkerRole::Prefill)).unwrap_err();
+        assert!(alone.reason.contains("--connector kvbm nixl"), "{alone}");
+        let own = ["--kv-transfer-config", r#"{"kv_connector":"MyConnector"}"#];
+        let twice = with(&own, &asked(Connector::Kvbm, WorkerRole::Aggregated)).unwrap_err();
+        assert!(twice.reason.contains("say it once"), "{twice}");
     }
 
     #[test]

@@ -3,7 +3,8 @@
 use std::{path::PathBuf, time::Duration};
 
 use anyhow::ensure;
-use clap::{Args, Parser};
+use blockplane_engine::vllm::arguments::Connector;
+use clap::{Args, Parser, ValueEnum};
 
 use super::{Cli, Command, EngineArg, WorkerArgs, worker::seconds};
 
@@ -29,6 +30,10 @@ pub(crate) struct VllmArgs {
         requires = "attach"
     )]
     pub(crate) attach_kv_events: Option<String>,
+    /// What vLLM's KV cache is connected to: `kvbm` are our tiers (set by `DYN_KVBM_*`; vLLM needs the
+    /// Python package blockplane), `nixl` other vLLMs; both may be given.
+    #[arg(help_heading = "vLLM", long, value_name = "kvbm|nixl", num_args = 1..=2, value_delimiter = ' ')]
+    pub(crate) connector: Vec<ConnectorArg>,
     /// Time for the server to start, in seconds.
     #[arg(help_heading = "vLLM", long, value_name = "SECONDS", value_parser = seconds, default_value = "1800")]
     pub(crate) vllm_start_timeout: Duration,
@@ -52,6 +57,28 @@ pub(crate) struct VllmArgs {
     pub(crate) vllm_args: Vec<String>,
 }
 
+/// `--connector`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ConnectorArg {
+    /// Host memory, disk and objects, in our tiers.
+    Kvbm,
+    /// Prefill and decode apart.
+    Nixl,
+}
+
+impl VllmArgs {
+    /// What vLLM's KV cache is connected to, if that was said.
+    pub(crate) fn connector(&self) -> Option<Connector> {
+        let has = |which| self.connector.contains(&which);
+        match (has(ConnectorArg::Kvbm), has(ConnectorArg::Nixl)) {
+            (true, true) => Some(Connector::KvbmAndNixl),
+            (true, false) => Some(Connector::Kvbm),
+            (false, true) => Some(Connector::Nixl),
+            (false, false) => None,
+        }
+    }
+}
+
 /// Runs a program in a process group that ends with our standard input.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct GuardArgs {
@@ -71,6 +98,7 @@ impl WorkerArgs {
                     "--vllm-program",
                     self.vllm.vllm_program != defaults.vllm.vllm_program,
                 ),
+                ("--connector", !self.vllm.connector.is_empty()),
                 ("what is behind '--'", !self.vllm.vllm_args.is_empty()),
             ];
             for (flag, given) in given {
@@ -94,6 +122,10 @@ impl WorkerArgs {
             ensure!(
                 vllm.vllm_args.is_empty(),
                 "--attach uses a server that runs already: nobody reads the arguments behind '--'"
+            );
+            ensure!(
+                vllm.connector.is_empty(),
+                "--connector is for a server that we start; that of --attach has its connector"
             );
             ensure!(
                 self.data_parallel_size.is_none(),
@@ -192,6 +224,7 @@ mod tests {
             .unwrap();
         check("--engine vllm --attach http://h:1 --attach-kv-events tcp://h:2").unwrap();
         check("--threads 2 --kv-gb 3").unwrap();
+        check("--engine vllm --connector kvbm nixl -- -O3").unwrap();
         for (line, expected) in [
             (
                 "--engine vllm --threads 2",
@@ -208,6 +241,11 @@ mod tests {
             ("--engine vllm --lane tcp", "its own connector"),
             ("--engine vllm --attach http://h:1 -- -O3", "nobody reads"),
             ("--attach http://h:1", "--attach is for --engine vllm"),
+            ("--connector kvbm", "--connector is for --engine vllm"),
+            (
+                "--engine vllm --attach http://h:1 --connector nixl",
+                "a server that we start",
+            ),
             ("--engine mock -- --port 1", "'--' is for --engine vllm"),
         ] {
             let error = check(line).unwrap_err().to_string();

@@ -12,7 +12,7 @@ use blockplane_engine::{
     VllmConfig, VllmEngine, VllmSource,
     vllm::{
         EventsSource, HealthConfig, RemotePrefillConfig, ServerCommand,
-        arguments::{Arguments, Wanted, arguments},
+        arguments::{Arguments, Connector, Wanted, arguments},
     },
 };
 use blockplane_protocol::WorkerRole;
@@ -113,10 +113,16 @@ fn command(settings: &Settings) -> anyhow::Result<(ServerCommand, Arguments)> {
         block_tokens: args.block_size,
         dp_size: args.data_parallel_size,
         events: ports::events(ranks)?,
+        connector: args.vllm.connector(),
         scale_out: vllm.scale_out,
     };
     let planned = arguments(&args.vllm.vllm_args, &wanted)
         .context("these arguments behind '--' cannot work")?;
+    let hands_over = settings.role != WorkerRole::Aggregated
+        || matches!(
+            args.vllm.connector(),
+            Some(Connector::Nixl | Connector::KvbmAndNixl)
+        );
     let own = std::env::current_exe().context("the path of this program is not known")?;
     let mut argv: Vec<OsString> = vec![vllm.program.into_os_string()];
     argv.extend(planned.argv.iter().map(OsString::from));
@@ -124,7 +130,7 @@ fn command(settings: &Settings) -> anyhow::Result<(ServerCommand, Arguments)> {
     let command = ServerCommand {
         guard: vec![own.into_os_string(), GUARD.into(), "--".into()],
         argv,
-        variables: variables(settings.role, &args.host, ranks)?,
+        variables: variables(hands_over, &args.host, ranks)?,
         url,
         start_timeout: args.vllm.vllm_start_timeout,
         stop_timeout: STOP_TIMEOUT,
@@ -134,8 +140,8 @@ fn command(settings: &Settings) -> anyhow::Result<(ServerCommand, Arguments)> {
 }
 
 /// Two servers of one machine would take the same port for the hand-over of KV.
-fn variables(role: WorkerRole, host: &str, ranks: u32) -> anyhow::Result<Vec<(String, String)>> {
-    if role == WorkerRole::Aggregated {
+fn variables(hands_over: bool, host: &str, ranks: u32) -> anyhow::Result<Vec<(String, String)>> {
+    if !hands_over {
         return Ok(Vec::new());
     }
     let port = ports::free(ranks)?.to_string();
