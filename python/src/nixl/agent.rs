@@ -9,8 +9,9 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
@@ -26,12 +27,19 @@ use super::memory::path_of;
 use super::metadata::Blob;
 use super::xfer::Rows;
 
+/// Who looks for notifications again within this time, having found none, does nothing else.
+const BUSY_POLL: Duration = Duration::from_millis(1);
+/// How long other threads may run then. A notification ends it.
+const BUSY_POLL_PAUSE: Duration = Duration::from_micros(50);
+
 /// One agent. Its methods have the names and the order of arguments of NIXL's bindings.
 #[pyclass(name = "nixlAgent", module = "nixl._bindings", subclass, frozen)]
 pub(super) struct Agent {
     /// Before the core, which it calls.
     listener: Option<Listener>,
     core: Arc<Core>,
+    /// When somebody last looked for notifications and found none.
+    nothing_since: Mutex<Option<Instant>>,
 }
 
 fn seconds(name: &str, value: f64) -> PyResult<Duration> {
@@ -90,7 +98,11 @@ impl Agent {
                 .useListenThread
                 .then(|| Listener::start(&core, config.listenPort))
                 .transpose()?;
-            Ok(Self { listener, core })
+            Ok(Self {
+                listener,
+                core,
+                nothing_since: Mutex::new(None),
+            })
         };
         Ok(py.detach(start)?)
     }
@@ -381,12 +393,19 @@ impl Agent {
         self.core.backends(&backends)?;
         let py = notif_map.py();
         let queue = self.core.agent.notifications();
-        while let Ok(Some(note)) = queue.try_recv() {
+        let mut next = queue.try_recv().ok().flatten();
+        if next.is_none() && self.polled_busily() {
+            // A loop around this call would keep the interpreter from threads that bring forward what it
+            // waits for, such as the first exchange with a peer.
+            next = py.detach(|| queue.recv_timeout(BUSY_POLL_PAUSE)).ok();
+        }
+        while let Some(note) = next {
             let payload = PyBytes::new(py, &note.payload);
             match notif_map.get_item(&*note.from)? {
                 Some(list) => list.cast::<PyList>()?.append(payload)?,
                 None => notif_map.set_item(&*note.from, PyList::new(py, [payload])?)?,
             }
+            next = queue.try_recv().ok().flatten();
         }
         Ok(notif_map)
     }
@@ -537,6 +556,13 @@ impl Agent {
 }
 
 impl Agent {
+    /// Notes that there was no notification. True when that was so a moment ago, too.
+    fn polled_busily(&self) -> bool {
+        let now = Instant::now();
+        let before = self.nothing_since.lock().replace(now);
+        before.is_some_and(|before| now.duration_since(before) < BUSY_POLL)
+    }
+
     fn part(&self, descs: &RegList, connection: bool, backends: &[u64]) -> Result<Blob, Fault> {
         self.core.backends(backends)?;
         self.core
