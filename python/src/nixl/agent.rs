@@ -64,7 +64,7 @@ impl Agent {
     #[new]
     #[pyo3(signature = (
         name, config, *, host=None, deadline_s=300.0, peer_loss_timeout_s=5.0, connect_timeout_s=5.0,
-        nvrtc_folders=Vec::new(), kernel_cache=None
+        nvrtc_folders=Vec::new(), kernel_cache=None, gpu_sms=None
     ))]
     #[expect(
         clippy::too_many_arguments,
@@ -80,6 +80,7 @@ impl Agent {
         connect_timeout_s: f64,
         nvrtc_folders: Vec<PathBuf>,
         kernel_cache: Option<PathBuf>,
+        gpu_sms: Option<u32>,
     ) -> PyResult<Self> {
         if name.is_empty() {
             return Err(PyValueError::new_err("Agent needs a non-empty name"));
@@ -91,6 +92,7 @@ impl Agent {
             connect_timeout: seconds("connect_timeout_s", connect_timeout_s)?,
             nvrtc_folders,
             kernel_cache,
+            gpu_sms,
         };
         let start = || -> Result<Self, Fault> {
             let core = Arc::new(Core::new(&name, config.captureTelemetry, options)?);

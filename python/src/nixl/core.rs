@@ -34,6 +34,9 @@ pub(super) struct Options {
     pub(super) connect_timeout: Duration,
     pub(super) nvrtc_folders: Vec<PathBuf>,
     pub(super) kernel_cache: Option<PathBuf>,
+    /// Multiprocessors that a transfer takes; the default of [`CudaConfig`](blockplane_transfer::CudaConfig)
+    /// when `None`.
+    pub(super) gpu_sms: Option<u32>,
 }
 
 pub(super) struct Core {
@@ -95,6 +98,10 @@ impl Core {
             .kernels
             .cache_folder
             .clone_from(&options.kernel_cache);
+        if let Some(sms) = options.gpu_sms {
+            config.cuda.sms = sms;
+            config.cuda.sms_total = config.cuda.sms_total.max(sms);
+        }
         let agent = Agent::new(config).map_err(|error| Fault::Backend(error.to_string()))?;
         Ok(Self {
             agent,

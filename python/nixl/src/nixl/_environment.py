@@ -8,6 +8,7 @@
 ``BLOCKPLANE_CONNECT_TIMEOUT_S``    longest time of a connection attempt (5)
 ``BLOCKPLANE_KERNEL_CACHE``         folder for compiled GPU kernels (``~/.cache/blockplane/kernels``,
                                     or below ``XDG_CACHE_HOME``)
+``BLOCKPLANE_GPU_SMS``              multiprocessors of a GPU that one transfer takes (16)
 ``NIXL_TELEMETRY_ENABLE``           turns telemetry of requests on (y, yes, on, true, 1) or off
                                     (anything else), whatever the configuration says
 ``NIXL_LOG_LEVEL``                  TRACE, DEBUG, INFO, WARN, ERROR or FATAL
@@ -39,6 +40,10 @@ def agent_options() -> dict[str, Any]:
                 options[keyword] = float(value)
             except ValueError:
                 raise ValueError(f"{name} is {value!r}; accepted: seconds") from None
+    if value := os.environ.get("BLOCKPLANE_GPU_SMS"):
+        if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 1024):
+            raise ValueError(f"BLOCKPLANE_GPU_SMS is {value!r}; accepted: 1 to 1024")
+        options["gpu_sms"] = int(value)
     if cache := _kernel_cache():
         options["kernel_cache"] = cache
     return options
