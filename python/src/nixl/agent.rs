@@ -29,6 +29,8 @@ use super::xfer::Rows;
 
 /// Who looks for notifications again within this time, having found none, does nothing else.
 const BUSY_POLL: Duration = Duration::from_millis(1);
+/// So many times in a row, other threads get to run.
+const BUSY_POLLS: u32 = 8;
 /// How long other threads may run then. A notification ends it.
 const BUSY_POLL_PAUSE: Duration = Duration::from_micros(50);
 
@@ -38,8 +40,8 @@ pub(super) struct Agent {
     /// Before the core, which it calls.
     listener: Option<Listener>,
     core: Arc<Core>,
-    /// When somebody last looked for notifications and found none.
-    nothing_since: Mutex<Option<Instant>>,
+    /// When somebody last looked for notifications and found none, and how often in a row.
+    nothing: Mutex<Option<(Instant, u32)>>,
 }
 
 fn seconds(name: &str, value: f64) -> PyResult<Duration> {
@@ -103,7 +105,7 @@ impl Agent {
             Ok(Self {
                 listener,
                 core,
-                nothing_since: Mutex::new(None),
+                nothing: Mutex::new(None),
             })
         };
         Ok(py.detach(start)?)
@@ -243,7 +245,7 @@ impl Agent {
                 (
                     agent.extract::<Name>()?.0,
                     memory.extract()?,
-                    Vec::new(),
+                    Arc::default(),
                     Some(strided),
                     backends(3)?,
                 )
@@ -558,11 +560,18 @@ impl Agent {
 }
 
 impl Agent {
-    /// Notes that there was no notification. True when that was so a moment ago, too.
+    /// Notes that there was no notification. True when that has been so for a while, in a loop that does
+    /// little else, and not because it waits for a transfer, which needs no thread of Python.
     fn polled_busily(&self) -> bool {
         let now = Instant::now();
-        let before = self.nothing_since.lock().replace(now);
-        before.is_some_and(|before| now.duration_since(before) < BUSY_POLL)
+        let mut nothing = self.nothing.lock();
+        let before = nothing.filter(|(at, _)| now.duration_since(*at) < BUSY_POLL);
+        let polls = match before {
+            Some((_, polls)) if !self.core.has_requests() => polls.saturating_add(1),
+            _ => 0,
+        };
+        *nothing = Some((now, polls));
+        polls >= BUSY_POLLS
     }
 
     fn part(&self, descs: &RegList, connection: bool, backends: &[u64]) -> Result<Blob, Fault> {

@@ -420,6 +420,10 @@ impl Core {
         handle
     }
 
+    pub(super) fn has_requests(&self) -> bool {
+        !self.requests.lock().is_empty()
+    }
+
     pub(super) fn request(&self, handle: u64) -> Result<Arc<Request>, Fault> {
         let request = self.requests.lock().get(&handle).cloned();
         request.ok_or_else(|| Fault::Invalid(format!("{handle:#x} is no request of this agent")))

@@ -1,5 +1,7 @@
 //! The descriptor lists that callers build, index, compare and pickle.
 
+use std::sync::Arc;
+
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
@@ -81,7 +83,8 @@ fn initial(descs: &Bound<'_, PyAny>) -> PyResult<usize> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct XferList {
     pub(super) memory: Memory,
-    pub(super) rows: Vec<Row>,
+    /// Shared with the calls that read them: they are many, and rarely changed.
+    pub(super) rows: Arc<Vec<Row>>,
 }
 
 #[pymethods]
@@ -103,7 +106,7 @@ impl XferList {
         };
         Ok(Self {
             memory: r#type,
-            rows,
+            rows: Arc::new(rows),
         })
     }
 
@@ -113,12 +116,12 @@ impl XferList {
     }
 
     #[pyo3(name = "descCount")]
-    const fn count(&self) -> usize {
+    fn count(&self) -> usize {
         self.rows.len()
     }
 
     #[pyo3(name = "isEmpty")]
-    const fn is_empty(&self) -> bool {
+    fn is_empty(&self) -> bool {
         self.rows.is_empty()
     }
 
@@ -129,13 +132,13 @@ impl XferList {
 
     fn __setitem__(&mut self, at: isize, desc: &Bound<'_, PyAny>) -> PyResult<()> {
         let at = within(at, self.rows.len())?;
-        self.rows[at] = input::row_of(desc)?;
+        Arc::make_mut(&mut self.rows)[at] = input::row_of(desc)?;
         Ok(())
     }
 
     #[pyo3(name = "addDesc")]
     fn add(&mut self, desc: &Bound<'_, PyAny>) -> PyResult<()> {
-        self.rows.push(input::row_of(desc)?);
+        Arc::make_mut(&mut self.rows).push(input::row_of(desc)?);
         Ok(())
     }
 
@@ -151,12 +154,13 @@ impl XferList {
 
     #[pyo3(name = "remDesc")]
     fn remove(&mut self, at: isize) -> PyResult<()> {
-        self.rows.remove(within(at, self.rows.len())?);
+        let at = within(at, self.rows.len())?;
+        Arc::make_mut(&mut self.rows).remove(at);
         Ok(())
     }
 
     fn clear(&mut self) {
-        self.rows.clear();
+        self.rows = Arc::default();
     }
 
     fn print(&self, py: Python<'_>) -> PyResult<()> {
@@ -182,7 +186,7 @@ impl XferList {
             return Err(no_state());
         }
         self.memory = Memory::from_code(*code).ok_or_else(no_state)?;
-        self.rows = rows.iter().map(decode_row).collect();
+        self.rows = Arc::new(rows.iter().map(decode_row).collect());
         Ok(())
     }
 }
@@ -253,7 +257,7 @@ impl RegList {
     fn trim(&self) -> XferList {
         XferList {
             memory: self.memory,
-            rows: self.rows.clone(),
+            rows: Arc::new(self.rows.clone()),
         }
     }
 

@@ -61,8 +61,11 @@ impl<T: Clone> List<T> {
         owner: &str,
     ) -> Result<Self, Fault> {
         let mut builder = Builder::new(memory, table, owner);
-        for row in rows {
+        let mut rest = rows;
+        while let Some((row, behind)) = rest.split_first() {
             builder.push(*row)?;
+            let more = builder.extend(behind)?;
+            rest = &behind[more..];
         }
         builder.finish()
     }
@@ -226,6 +229,40 @@ impl<'a, T: Clone> Builder<'a, T> {
             bytes,
         });
         Ok(())
+    }
+
+    /// Takes as many rows as go on with the last run, and says how many: one comparison each.
+    fn extend(&mut self, rows: &[Row]) -> Result<usize, Fault> {
+        let (Some((at, target)), Some(run)) = (self.last, self.runs.last()) else {
+            return Ok(0);
+        };
+        let section = &self.table.sections()[at];
+        if run.count < 2 || run.target != target {
+            return Ok(0);
+        }
+        let Some(offset) = next(run) else {
+            return Ok(0);
+        };
+        let (bytes, step) = (run.bytes, run.step);
+        // Those that lie in the section as a whole.
+        let room = section
+            .bytes
+            .checked_sub(bytes)
+            .and_then(|last| last.checked_sub(offset))
+            .map_or(0, |left| left / step + 1);
+        let most = usize::try_from(room).map_or(rows.len(), |room| room.min(rows.len()));
+        let mut address = section.start + offset;
+        let goes_on = |row: &&Row| {
+            let expected = [address, bytes, section.device];
+            address = address.wrapping_add(step);
+            **row == expected
+        };
+        let more = rows[..most].iter().take_while(goes_on).count();
+        self.count(more as u64)?;
+        if let Some(run) = self.runs.last_mut() {
+            run.count += u32::try_from(more).unwrap_or(u32::MAX);
+        }
+        Ok(more)
     }
 
     fn push_run(&mut self, [address, bytes, device, stride, count]: [u64; 5]) -> Result<(), Fault> {
