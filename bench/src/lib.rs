@@ -9,6 +9,7 @@
 //! * [`engine`]: prefill and decode speed of the native engine.
 //! * [`tiers`]: the tiers below a GPU: host memory to disk and back, recovery, checksums.
 //! * [`serve`]: load on any OpenAI-compatible server.
+//! * [`vllm`]: what our frontend and worker add in front of vLLM.
 //!
 //! [`kvbm`] plays traffic against the manager of the KV cache: `blockplane kvbm replay|advise`.
 //! [`selftest`] checks instead of measuring: `blockplane selftest gpu`. [`client`] talks to
@@ -26,6 +27,7 @@ pub mod selftest;
 pub mod serve;
 pub mod tiers;
 pub mod transfer;
+pub mod vllm;
 
 use blockplane_transfer::KernelConfig;
 
@@ -48,6 +50,8 @@ pub enum BenchCommand {
     Kvbm(tiers::TiersArgs),
     /// Move blocks between agents and measure bandwidth, latency and what it costs.
     Transfer(Box<transfer::TransferArgs>),
+    /// Measure what our frontend and worker add to requests that vLLM serves.
+    Vllm(vllm::VllmArgs),
     /// Check and time everything that GPUs of this node do for block transfers, in minutes.
     Gpu(transfer::GpuArgs),
     /// The other process of `bench transfer`; takes its orders on standard input.
@@ -65,6 +69,7 @@ pub fn run(args: BenchArgs, kernels: &KernelConfig) -> anyhow::Result<()> {
         BenchCommand::Serve(args) => serve::run(&args),
         BenchCommand::Kvbm(args) => tiers::run(&args),
         BenchCommand::Transfer(args) => transfer::run(&args, kernels),
+        BenchCommand::Vllm(args) => vllm::run(&args),
         BenchCommand::Gpu(args) => transfer::qualify(&args, kernels),
         BenchCommand::TransferPeer => transfer::run_peer(kernels),
     }

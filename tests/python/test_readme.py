@@ -176,6 +176,7 @@ CHECKS = {
     "bench/gpu.sh": lambda place, command: place.run(command, "--help"),
     "blockplane bench kvbm": lambda place, command: place.run(command, "--quick", "--json"),
     "blockplane bench serve": lambda place, command: place.run(command, "--quick", "--url", URL),
+    "blockplane bench vllm --model DIR": lambda place, command: place.run(command, "--help"),
     "bench/compare/run.py": lambda place, command: place.run(command, "--help"),
 }
 
