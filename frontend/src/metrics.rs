@@ -383,7 +383,7 @@ struct WorkerCollector {
 
 type LoadGauge = (&'static str, &'static str, fn(&LoadReport) -> u64);
 
-const WORKER_GAUGES: [LoadGauge; 17] = [
+const WORKER_GAUGES: [LoadGauge; 23] = [
     ("blocks_total", "KV blocks of the pool", |load| {
         load.blocks_total.into()
     }),
@@ -459,6 +459,36 @@ const WORKER_GAUGES: [LoadGauge; 17] = [
     ("preemptions", "Requests preempted since start", |load| {
         load.preemptions_total
     }),
+    (
+        "kv_events_disconnected",
+        "1 when the KV events of the worker's engine do not come",
+        |load| load.events.disconnected.into(),
+    ),
+    (
+        "kv_events_partial",
+        "1 when the worker's engine may hold blocks that are not known",
+        |load| load.events.partial.into(),
+    ),
+    (
+        "kv_events_wrong_block_size",
+        "1 when the engine's blocks have another size than the worker registered",
+        |load| load.events.wrong_block_size.into(),
+    ),
+    (
+        "kv_events_gaps",
+        "Times that KV events of the engine were missing since start",
+        |load| load.events.gaps_total,
+    ),
+    (
+        "kv_events_resyncs",
+        "Times that the engine's KV cache was forgotten and learned anew since start",
+        |load| load.events.resyncs_total,
+    ),
+    (
+        "kv_events_orphans",
+        "KV events about blocks whose beginning is not known since start",
+        |load| load.events.orphans_total,
+    ),
 ];
 
 impl Collector for WorkerCollector {

@@ -27,7 +27,7 @@ pub use hash::{BlockHash, PositionalHash, SaltHash, SequenceHash};
 pub use id::{BlockId, DpRank, LayerIndex, RequestId, WorkerId, WorkerRank};
 pub use kv_event::{KvEvent, KvEventData, StoredBlock, Tier};
 pub use layout::{AttentionGroup, AttentionKind, DType, KvLayout, LayoutError, LayoutOrder};
-pub use load::{LoadReport, LowerTiers};
+pub use load::{EventsReport, LoadReport, LowerTiers};
 pub use model::{ModelCard, WorkerRole};
 pub use request::{
     ErrorKind, FinishReason, GenerateError, GenerateRequest, PRIORITY_MAX, PrefillHint, RouteHints,

@@ -46,6 +46,28 @@ pub struct LoadReport {
     pub preemptions_total: u64,
     /// The tiers below the pool. All ranks of a worker share them; its first rank reports them.
     pub lower: LowerTiers,
+    /// How well the KV events of an engine in another process are followed; nothing is wrong with those
+    /// of an engine in the worker's own.
+    pub events: EventsReport,
+}
+
+/// What is wrong with the KV events that a worker has from an engine in another process. All are zero
+/// when nothing is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EventsReport {
+    /// The engine's events do not come.
+    pub disconnected: bool,
+    /// The engine may hold blocks that are not known.
+    pub partial: bool,
+    /// The engine's blocks have another size than the worker registered, so none can be told.
+    pub wrong_block_size: bool,
+    /// Times that events were missing since start.
+    pub gaps_total: u64,
+    /// Times that all was forgotten and learned anew since start.
+    pub resyncs_total: u64,
+    /// Events about blocks whose beginning is not known since start.
+    pub orphans_total: u64,
 }
 
 /// What the tiers below a worker's pools hold. A tier that is not there has no blocks.

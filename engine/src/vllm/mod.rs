@@ -411,7 +411,11 @@ impl Engine for VllmEngine {
     }
 
     fn load(&self) -> Vec<LoadReport> {
-        self.shared.load.reports()
+        let mut reports = self.shared.load.reports();
+        for (report, events) in reports.iter_mut().zip(&self.events) {
+            report.events = events.status().report();
+        }
+        reports
     }
 
     fn events(&self, rank: DpRank) -> Option<EventFeed> {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use blockplane_protocol::DpRank;
+use blockplane_protocol::{DpRank, EventsReport};
 
 /// How far what is told of vLLM's cache can be trusted. What is told is always there; there may be
 /// more.
@@ -80,17 +80,6 @@ pub struct EventsCounters {
 }
 
 impl Confidence {
-    /// A word for metrics and logs.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::NoEvents => "no_events",
-            Self::Complete => "complete",
-            Self::Partial => "partial",
-            Self::WrongBlockSize { .. } => "wrong_block_size",
-        }
-    }
-
     /// Whether a person has to do something.
     #[must_use]
     pub const fn is_error(self) -> bool {
@@ -99,6 +88,19 @@ impl Confidence {
 }
 
 impl EventsStatus {
+    /// What is wrong, for the worker's report of its load.
+    #[must_use]
+    pub fn report(&self) -> EventsReport {
+        EventsReport {
+            disconnected: !self.connected,
+            partial: self.confidence == Confidence::Partial,
+            wrong_block_size: self.confidence.is_error(),
+            gaps_total: self.counters.gaps,
+            resyncs_total: self.counters.resyncs,
+            orphans_total: self.counters.orphans,
+        }
+    }
+
     /// vLLM said that its cache is empty.
     pub(super) fn cleared(&mut self) {
         if !self.confidence.is_error() {

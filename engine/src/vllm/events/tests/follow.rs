@@ -335,6 +335,7 @@ fn a_wrong_block_size_is_an_error_until_it_is_right() {
     scene.live(&server, &message);
     let status = scene.follower.status();
     assert!(status.confidence.is_error());
+    assert!(status.report().wrong_block_size && !status.report().partial);
     assert_eq!(status.block_tokens_received, Some(2));
     assert_eq!(
         status.error.unwrap(),
