@@ -3,7 +3,6 @@
     tests/run                 unit, e2e, faults, hosts, python, gpu, rdma, vllm
     tests/run GROUP...        these groups
     tests/run --list          the groups
-    tests/run --long vllm     what is repeated is repeated 20 times
 
 Everything is built once, in the release profile (docs/adr/0005-tests-run-in-release.md), by one cargo
 command over the whole workspace: selecting packages would change the features of shared dependencies
@@ -17,8 +16,8 @@ All are kept and only made again when what they are made from has changed.
 
 A real vLLM goes to the user's cache, outside of the clone (vllm_env.py).
 
-BLOCKPLANE_FIXTURES is set for all tests; BLOCKPLANE_NVRTC_DIR for the kernels' own; BLOCKPLANE_VLLM for those with a real vLLM, and
-BLOCKPLANE_TEST_LONG with --long; BLOCKPLANE_BIN and BLOCKPLANE_URL (a running deployment) for the Python ones.
+BLOCKPLANE_FIXTURES is set for all tests; BLOCKPLANE_NVRTC_DIR for the kernels' own; BLOCKPLANE_VLLM for those with a real vLLM;
+BLOCKPLANE_BIN and BLOCKPLANE_URL (a running deployment) for the Python ones.
 """
 
 import argparse
@@ -88,9 +87,7 @@ CORES = len(os.sched_getaffinity(0))
 # One vLLM computes on all cores, so those tests take turns.
 THREADS = {"e2e": min(2 * CORES, 16), "faults": min(2 * CORES, 8), "hosts": min(2 * CORES, 8), "vllm": 1}
 # Longest time of one test executable, in seconds. A hang is a failure, not a wait.
-LIMIT_S = {"unit": 600, "e2e": 900, "faults": 900, "hosts": 300, "gpu": 600, "rdma": 900, "vllm": 900}
-# Of an executable of the long mode.
-LONG_LIMIT_S = 3 * 3600
+LIMIT_S = {"unit": 600, "e2e": 900, "faults": 900, "hosts": 300, "gpu": 600, "rdma": 900, "vllm": 1200}
 # Every process that a test starts inherits it, so that none is left behind whatever happened.
 MARK = f"BLOCKPLANE_TEST_RUN={uuid.uuid4()}"
 
@@ -128,7 +125,6 @@ def main():
         + "".join(f"  {name:8} {text}\n" for name, text in PLANNED.items()),
     )
     parser.add_argument("groups", nargs="*", metavar="GROUP", help="default: all that have tests")
-    parser.add_argument("--long", action="store_true", help="repeat what can be repeated 20 times")
     parser.add_argument("--list", action="store_true", help="list the groups and stop")
     arguments = parser.parse_args()
     if arguments.list:
@@ -147,9 +143,6 @@ def main():
     key, value = MARK.split("=")
     os.environ[key] = value
     os.environ["RUST_LIB_BACKTRACE"] = "0"
-    if arguments.long:
-        os.environ["BLOCKPLANE_TEST_LONG"] = "1"
-        LIMIT_S["vllm"] = LONG_LIMIT_S
     tally = Tally()
     try:
         if groups:

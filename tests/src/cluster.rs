@@ -45,6 +45,7 @@ pub struct ClusterBuilder {
     frontend_arguments: Vec<String>,
     worker_arguments: Vec<String>,
     variables: Vec<(String, String)>,
+    start: Duration,
 }
 
 /// A running deployment. Dropping it kills every process of it, and prints the logs unless
@@ -90,7 +91,15 @@ impl ClusterBuilder {
             frontend_arguments: Vec::new(),
             worker_arguments: Vec::new(),
             variables: Vec::new(),
+            start: START,
         }
+    }
+
+    /// Gives it this long to serve, instead of [`START`].
+    #[must_use]
+    pub const fn start_within(mut self, limit: Duration) -> Self {
+        self.start = limit;
+        self
     }
 
     /// Sets a variable in the environment of every process.
@@ -309,14 +318,14 @@ impl Cluster {
     /// Waits until a request would be served and `condition` holds.
     ///
     /// # Errors
-    /// Not within [`START`], or a process that the test started has ended.
+    /// Not within the time to start, or a process that the test started has ended.
     pub fn wait_ready(
         &mut self,
         what: &str,
         condition: impl Fn(&health::Health) -> bool,
     ) -> Result<health::Health> {
         let client = self.client();
-        wait::until(what, START, || {
+        wait::until(what, self.builder.start, || {
             for (_, member) in self.members.iter().filter(|(_, p)| !p.has_ended()) {
                 let ended = proc_table::entry(member.pid()).is_none_or(|e| e.state == 'Z');
                 if ended {

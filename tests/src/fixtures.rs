@@ -15,6 +15,8 @@ use anyhow::{Context, Result, bail};
 const BINARY: &str = "BLOCKPLANE_BIN";
 /// Folder of generated checkpoints.
 const FIXTURES: &str = "BLOCKPLANE_FIXTURES";
+/// Program of a vLLM.
+const VLLM: &str = "BLOCKPLANE_VLLM";
 /// Seed of the random parts of a run.
 const SEED: &str = "BLOCKPLANE_TEST_SEED";
 
@@ -66,6 +68,17 @@ pub fn checkpoint(name: &str) -> Result<PathBuf> {
                 committed.display()
             )
         })
+}
+
+/// The `vllm` of an installation, as `tests/run vllm` makes one.
+///
+/// # Errors
+/// None is named.
+pub fn vllm() -> Result<PathBuf> {
+    let program = variable(VLLM).map(PathBuf::from);
+    program.with_context(|| {
+        format!("{VLLM} has to name a `vllm`; `tests/run vllm` and tests/vllm_env.py install one")
+    })
 }
 
 /// The folder of the checkpoint that the binary carries.
