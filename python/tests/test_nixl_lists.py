@@ -35,6 +35,41 @@ def test_operations_of_a_transfer_list():
     assert descs != bindings.nixlXferDList(bindings.VRAM_SEG)
 
 
+def regular(layers: int, blocks: int, size: int) -> np.ndarray:
+    """An engine's list: every block of every layer, which is kept as a few runs."""
+    starts = [(1 << 32) * (layer + 1) + size * np.arange(blocks) for layer in range(layers)]
+    rows = np.full((layers * blocks, 3), size, dtype=np.uint64)
+    rows[:, 0], rows[:, 2] = np.concatenate(starts), 5
+    return rows
+
+
+def test_a_regular_array_is_its_rows():
+    """Whatever a list is kept as, it holds the rows it was given, also once it is changed."""
+    array = regular(3, 100, 64)
+    rows = [tuple(row) for row in array.tolist()]
+    descs = bindings.nixlXferDList(DRAM, array)
+    assert descs.descCount() == 300 and descs[299] == rows[299]
+    assert descs == bindings.nixlXferDList(DRAM, rows) and pickle.loads(pickle.dumps(descs)) == descs
+    other = bindings.nixlXferDList(DRAM, array)
+    other.remDesc(150)
+    other.addDesc((1, 2, 3))
+    other[0] = (4, 5, 6)
+    kept = [(4, 5, 6), *rows[1:150], *rows[151:], (1, 2, 3)]
+    assert [other[at] for at in range(300)] == kept
+    array[:] = 0
+    assert descs[7] == rows[7], "the array is read once"
+
+
+@pytest.mark.parametrize("change", [(0, 0), (1, 1), (1, 63), (2, 6)])
+def test_one_row_out_of_line(change):
+    """A row with another address, length or device is no part of a run."""
+    array = regular(2, 64, 64)
+    column, value = change
+    array[40, column] = value
+    descs = bindings.nixlXferDList(DRAM, array)
+    assert [list(descs[at]) for at in range(len(array))] == array.tolist()
+
+
 def test_operations_of_a_registration_list():
     """The same, with what the owner says about the memory."""
     descs = bindings.nixlRegDList(DRAM, REG)

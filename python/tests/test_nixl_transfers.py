@@ -118,6 +118,32 @@ def test_regular_lists_are_a_few_runs(pair):
         here.prep_xfer_dlist(there.name, strided, "DRAM")
 
 
+def test_a_run_may_cross_regions(make_agent):
+    """Two registrations side by side: the array's rows are one run, and each lies in one of them."""
+    here, there = make_agent(), make_agent()
+    size, blocks = 64, 128
+    source = np.arange(blocks * size, dtype=np.uint64).view(np.uint8)[: blocks * size].copy()
+    target = np.zeros_like(source)
+    half = blocks * size // 2
+    for agent, memory in ((here, target), (there, source)):
+        base = memory.ctypes.data
+        agent.register_memory([(base, half, 0, ""), (base + half, half, 0, "")], "DRAM")
+    name = here.add_remote_agent(there.get_agent_metadata())
+    rows = np.full((blocks, 3), size, dtype=np.uint64)
+    rows[:, 2] = 0
+    handles = []
+    for agent, memory in (("NIXL_INIT_AGENT", target), (name, source)):
+        rows[:, 0] = memory.ctypes.data + size * np.arange(blocks)
+        handles.append(here.prep_xfer_dlist(agent, here.get_xfer_descs(rows, "DRAM")))
+    assert here.agent.describeDlist(handles[0]._handle) == (blocks, 2)
+    some = np.array([0, 63, 64, 127, 5], dtype=np.int32)
+    read = here.make_prepped_xfer("READ", handles[0], some, handles[1], some)
+    finish(here, read)
+    expected = np.zeros_like(source).reshape(blocks, size)
+    expected[some] = source.reshape(blocks, size)[some]
+    assert (target.reshape(blocks, size) == expected).all()
+
+
 def test_strided_lists_move_bytes(pair):
     """A list of (address, length, device, stride, count) is the list of its blocks."""
     here, near, there, far = pair

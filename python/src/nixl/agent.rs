@@ -25,6 +25,7 @@ use super::kinds::{Config, Cost, Direction, Memory, Status, Telemetry};
 use super::listen::{self, Listener};
 use super::memory::path_of;
 use super::metadata::Blob;
+use super::rows::Rows as ListRows;
 use super::xfer::Rows;
 
 /// Who looks for notifications again within this time, having found none, does nothing else.
@@ -245,7 +246,7 @@ impl Agent {
                 (
                     agent.extract::<Name>()?.0,
                     memory.extract()?,
-                    Arc::default(),
+                    ListRows::default(),
                     Some(strided),
                     backends(3)?,
                 )
@@ -257,7 +258,11 @@ impl Agent {
             }
         };
         Ok(py.detach(|| {
-            let rows = strided.as_deref().map_or(Rows::Plain(&rows), Rows::Strided);
+            let rows = match (strided.as_deref(), rows.runs()) {
+                (Some(strided), _) => Rows::Strided(strided),
+                (None, Some(runs)) => Rows::Runs(runs),
+                (None, None) => Rows::Plain(&rows),
+            };
             let list = self.core.prepare_list(&agent, memory, &rows, &backends)?;
             Ok::<_, Fault>(self.core.add_list(list))
         })?)

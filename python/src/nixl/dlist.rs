@@ -1,7 +1,5 @@
 //! The descriptor lists that callers build, index, compare and pickle.
 
-use std::sync::Arc;
-
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
@@ -9,6 +7,7 @@ use pyo3::types::{PyBytes, PyList, PyTuple};
 use super::error::Fault;
 use super::input::{self, Row};
 use super::kinds::Memory;
+use super::rows::Rows;
 
 /// Bytes of a row in a pickle.
 const ROW_BYTES: usize = 24;
@@ -83,8 +82,7 @@ fn initial(descs: &Bound<'_, PyAny>) -> PyResult<usize> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct XferList {
     pub(super) memory: Memory,
-    /// Shared with the calls that read them: they are many, and rarely changed.
-    pub(super) rows: Arc<Vec<Row>>,
+    pub(super) rows: Rows,
 }
 
 #[pymethods]
@@ -95,18 +93,18 @@ impl XferList {
         // Of older versions of the interface; order does not matter.
         let _ = sorted;
         let rows = match descs {
-            None => Vec::new(),
+            None => Rows::default(),
             Some(descs) => match descs.cast::<PyList>() {
-                Ok(list) => input::rows_of_list(list)?,
-                Err(_) => match input::rows_of_array::<3>(descs)? {
+                Ok(list) => input::rows_of_list(list)?.into(),
+                Err(_) => match input::shared_rows(descs)? {
                     Some(rows) => rows,
-                    None => vec![[0; 3]; initial(descs)?],
+                    None => vec![[0; 3]; initial(descs)?].into(),
                 },
             },
         };
         Ok(Self {
             memory: r#type,
-            rows: Arc::new(rows),
+            rows,
         })
     }
 
@@ -122,7 +120,7 @@ impl XferList {
 
     #[pyo3(name = "isEmpty")]
     fn is_empty(&self) -> bool {
-        self.rows.is_empty()
+        self.rows.len() == 0
     }
 
     fn __getitem__<'py>(&self, py: Python<'py>, at: isize) -> PyResult<Bound<'py, PyTuple>> {
@@ -132,13 +130,13 @@ impl XferList {
 
     fn __setitem__(&mut self, at: isize, desc: &Bound<'_, PyAny>) -> PyResult<()> {
         let at = within(at, self.rows.len())?;
-        Arc::make_mut(&mut self.rows)[at] = input::row_of(desc)?;
+        self.rows.make_mut()[at] = input::row_of(desc)?;
         Ok(())
     }
 
     #[pyo3(name = "addDesc")]
     fn add(&mut self, desc: &Bound<'_, PyAny>) -> PyResult<()> {
-        Arc::make_mut(&mut self.rows).push(input::row_of(desc)?);
+        self.rows.make_mut().push(input::row_of(desc)?);
         Ok(())
     }
 
@@ -155,12 +153,12 @@ impl XferList {
     #[pyo3(name = "remDesc")]
     fn remove(&mut self, at: isize) -> PyResult<()> {
         let at = within(at, self.rows.len())?;
-        Arc::make_mut(&mut self.rows).remove(at);
+        self.rows.make_mut().remove(at);
         Ok(())
     }
 
     fn clear(&mut self) {
-        self.rows = Arc::default();
+        self.rows = Rows::default();
     }
 
     fn print(&self, py: Python<'_>) -> PyResult<()> {
@@ -186,7 +184,7 @@ impl XferList {
             return Err(no_state());
         }
         self.memory = Memory::from_code(*code).ok_or_else(no_state)?;
-        self.rows = Arc::new(rows.iter().map(decode_row).collect());
+        self.rows = rows.iter().map(decode_row).collect::<Vec<_>>().into();
         Ok(())
     }
 }
@@ -257,7 +255,7 @@ impl RegList {
     fn trim(&self) -> XferList {
         XferList {
             memory: self.memory,
-            rows: Arc::new(self.rows.clone()),
+            rows: self.rows.clone().into(),
         }
     }
 

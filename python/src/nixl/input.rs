@@ -9,6 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
 
 use super::error::Fault;
+use super::rows::Rows;
 
 /// Numbers of a descriptor: address, length, device.
 pub(super) type Row = [u64; 3];
@@ -169,6 +170,20 @@ pub(super) fn rows_of_array<const N: usize>(
         std::array::from_fn(|column| unsafe { array.at(row, column) })
     };
     Ok(Some((0..array.rows).map(row).collect()))
+}
+
+/// Descriptors of a transfer from an array of rows with three numbers; none when the object is no array.
+pub(super) fn shared_rows(object: &Bound<'_, PyAny>) -> PyResult<Option<Rows>> {
+    if let Some(array) = Array::of(object)?
+        && array.columns == 3
+        && matches!(array.item, Item::I64 | Item::U64)
+    {
+        // SAFETY: items are 64 bits wide; Python is attached, and `object` holds the array.
+        if let Some(numbers) = unsafe { array.slice::<u64>() } {
+            return Ok(Some(Rows::of_array(numbers.as_chunks::<3>().0)));
+        }
+    }
+    Ok(rows_of_array::<3>(object)?.map(Rows::from))
 }
 
 /// Descriptors from a list of tuples of three numbers.

@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use super::error::Fault;
 use super::input::Row;
 use super::kinds::Memory;
+use super::rows::{Strided, written_out};
 use super::table::Table;
 
 /// Descriptors at equal distances in one section.
@@ -70,10 +71,34 @@ impl<T: Clone> List<T> {
         builder.finish()
     }
 
+    /// Resolves what rows come to. A run need not lie in one region as a whole, only each row of it.
+    pub(super) fn of_runs(
+        memory: Memory,
+        runs: &[Strided],
+        table: &Table<T>,
+        owner: &str,
+    ) -> Result<Self, Fault> {
+        let mut builder = Builder::new(memory, table, owner);
+        for run in runs {
+            let [address, bytes, device, stride, count] = *run;
+            let sweep = stride
+                .checked_mul(count.saturating_sub(1))
+                .and_then(|sweep| sweep.checked_add(bytes));
+            if sweep.is_some_and(|sweep| table.find(memory, device, address, sweep).is_some()) {
+                builder.push_run(*run)?;
+            } else {
+                for row in written_out(run) {
+                    builder.push(row)?;
+                }
+            }
+        }
+        builder.finish()
+    }
+
     /// Resolves rows of (address, length, device, stride, count).
     pub(super) fn of_strided(
         memory: Memory,
-        rows: &[[u64; 5]],
+        rows: &[Strided],
         table: &Table<T>,
         owner: &str,
     ) -> Result<Self, Fault> {
@@ -265,7 +290,7 @@ impl<'a, T: Clone> Builder<'a, T> {
         Ok(more)
     }
 
-    fn push_run(&mut self, [address, bytes, device, stride, count]: [u64; 5]) -> Result<(), Fault> {
+    fn push_run(&mut self, [address, bytes, device, stride, count]: Strided) -> Result<(), Fault> {
         let at = self.len;
         let sweep = stride
             .checked_mul(count.saturating_sub(1))

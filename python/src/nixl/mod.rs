@@ -14,6 +14,7 @@ mod memory;
 mod metadata;
 mod remote;
 mod request;
+mod rows;
 mod table;
 mod utils;
 mod xfer;

@@ -15,6 +15,7 @@ use super::kinds::{Direction, Memory};
 use super::list::{List, Paired, Pairing, Piece, Run, pair, pair_all};
 use super::memory::Held;
 use super::request::Request;
+use super::rows::Strided;
 use super::table::Table;
 
 /// Bytes of each region that a connection is tried with.
@@ -23,7 +24,10 @@ const PROBE_BYTES: u64 = 1;
 /// What a caller gives as descriptors.
 pub(super) enum Rows<'a> {
     Plain(&'a [Row]),
-    Strided(&'a [[u64; 5]]),
+    /// What it gave as such.
+    Strided(&'a [Strided]),
+    /// What its rows come to.
+    Runs(&'a [Strided]),
 }
 
 impl Rows<'_> {
@@ -36,6 +40,7 @@ impl Rows<'_> {
         match self {
             Self::Plain(rows) => List::of_rows(memory, rows, table, owner),
             Self::Strided(rows) => List::of_strided(memory, rows, table, owner),
+            Self::Runs(runs) => List::of_runs(memory, runs, table, owner),
         }
     }
 }
