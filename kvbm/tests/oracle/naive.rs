@@ -233,6 +233,14 @@ impl Naive for Lineage {
         Some(self.0.remove(leaf).0)
     }
 
+    /// A block of that name that comes later is another one: none continues it yet.
+    fn forget(&mut self, name: Name) {
+        let links = self.0.iter_mut().map(|(_, parent)| parent);
+        links
+            .filter(|parent| **parent == Some(name))
+            .for_each(|parent| *parent = None);
+    }
+
     fn clear(&mut self) {
         self.0.clear();
     }
