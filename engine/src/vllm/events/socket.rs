@@ -3,8 +3,8 @@
 //! ZMTP 3.0 (RFC 23) with the NULL mechanism, over TCP or a Unix socket, connecting only. It is written
 //! here rather than taken from the crate `zeromq` because a follower has to see each connection begin
 //! and end, in order with the messages (that crate connects again by itself, in another task), because a
-//! length that a peer claims must have a bound (it has none), and because it brings eleven crates for
-//! these 300 lines.
+//! length that a peer claims must have a bound (it has none), and because it brings more crates than
+//! these 300 lines are worth.
 //!
 //! ```text
 //! greeting   FF 0*8 7F | 3 0 | "NULL" 0*16 | 0 | 0*31                          both sides, 64 bytes
